@@ -17,7 +17,7 @@ import struct
 import time
 from collections import deque
 from heapq import heappop, heappush
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Callable, NamedTuple
 
 VERSION = "1.0"
@@ -565,6 +565,19 @@ def parse_network(text: str) -> Network:
     return Network(bits, network_prefix(base, bits))
 
 
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser of one of `words`, in any case."""
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError("must be " + " or ".join((", ".join(words[:-1]), words[-1])))
+        return text.lower()
+    return parse
+
+
+parse_tls_version = one_of("1.0", "1.1", "1.2", "1.3")
+parse_reuse = one_of("off", "auto", "on")
+
+
 def parse_networks(text: str) -> tuple:
     """Networks, separated by commas."""
     return tuple(parse_network(item.strip()) for item in text.split(","))
@@ -689,7 +702,7 @@ OPTIONS_BY_TOPIC = (
            "Sessions of one account, and of all anonymous users, at once; 0 is no limit.", COLON),
     Option("F", "FortunesFile", "file", parse_path, None, "Greet with a random entry of this file."),
     Option("", "BanAfter", "n", whole(0, 1000), 20,
-           "Wrong passwords of one address (IPv6: /64) until it is banned; 0: nobody is [20]"),
+           "Wrong passwords of one address (IPv6: /64) until it is banned; 0: neither slowed down nor banned [20]"),
     Option("", "BanTime", "minutes", whole(1, 2**20, 60), 600, "How long a ban lasts [10]"),
     Option("", "NeverBan", "network", parse_networks, (), "Networks never slowed down nor banned; commas between "
            "several; repeatable.", WORD, "all"),
@@ -745,7 +758,16 @@ OPTIONS_BY_TOPIC = (
     Option("Y", "TLS", "level", whole(0, 3), 0, "0: none, 1: for who asks, 2: required, 3: for data too [0]"),
     Option("2", "CertFile", "cert[,key]", parse_certificate, DEFAULT_CERTIFICATE,
            f"Certificate and key, PEM [{DEFAULT_CERTIFICATE[0]}]", CERTIFICATE_DIRECTIVES),
-    Option("3", "ExtCert", "socket", parse_path, None, "Socket of pure-certd, which chooses certificates."),
+    Option("3", "ExtCert", "dir", parse_path, None,
+           "Directory of certificates with key, NAME.pem for clients that ask for host NAME."),
+    Option("", "TLSMinVersion", "version", parse_tls_version, "1.2", "Lowest version of TLS: 1.0, 1.1, 1.2 or 1.3 [1.2]"),
+    Option("", "TLSBind", "[host,][port]", parse_endpoint, (), "Where to expect TLS without AUTH TLS (implicit FTPS, port "
+           "990); repeatable.", WORD, "place"),
+    Option("", "TLSSessionReuse", "off|auto|on", parse_reuse, "auto", "Data connections must resume the TLS session of the "
+           "control connection: never, once the client has done so, always [auto]"),
+    Option("", "TLSLooseClose", "", flag, False, "Take uploads for complete that end without close_notify."),
+    Option("", "TLSAuthSSL", "", flag, False, "Understand AUTH SSL as AUTH TLS."),
+    Option("", "TLSSelfSigned", "", flag, False, "Make a self-signed certificate when there is none."),
     Option("J", "TLSCipherSuite", "ciphers", parse_ciphers, None,
            "Ciphers as OpenSSL lists them; with -C: before them clients need a certificate.", WORD),
 
@@ -1027,7 +1049,7 @@ class Log:
         if self.verbose:
             self.write("DEBUG", text)
 
-# ==== Password hashes ==============================================================================
+# ==== Password hashes =============================================================================
 # Every kind of hash that Pure-FTPd's databases hold: Argon2 (RFC 9106) and scrypt (RFC 7914; libsodium's "$7$"
 # form) are computed by what is installed, crypt(5)'s kinds by libcrypt, and three of those ($1$ $5$ $6$) by this
 # file where libcrypt is missing. A hash that cannot be checked here raises HashUnsupported: the log says what to
@@ -1428,7 +1450,7 @@ def best_crypt(password: bytes, logins: int = AUTH_LOGINS, memory: int = AUTH_ME
             return password_hash(password, max(1, round(passes * target / spent)), share)
         passes *= 2
 
-# ==== PureDB =======================================================================================
+# ==== PureDB ======================================================================================
 # The file of virtual users (one line each, 18 fields between colons: pure-pw(8), README.Virtual-Users) and the
 # database made from it, which is what a login reads: "PDB2"; 257 offsets, one per low byte of a key's hash and the
 # end; for each of these buckets the sorted pairs (hash, offset of the record), or one word when it is empty; then the
@@ -1624,10 +1646,14 @@ class PureDB:
     def sample(self, key: bytes) -> str:
         """See puredb_sample."""
         wanted, left = puredb_hash(key), PUREDB_NEIGHBOURS
+        starts = self.words(4, 257)             # at once: a missing user may not cost more than one who is there
+        if not PUREDB_INDEX <= starts[0] <= starts[-1] <= self.size or list(starts) != sorted(starts):
+            raise self.damaged("its buckets have impossible limits")
         for step in range(256):
-            start, count = self.bucket((wanted + step) & 0xFF)
+            bucket = (wanted + step) & 0xFF
+            count = (starts[bucket + 1] - starts[bucket]) // 8
             for turn in range(min(count, left)):
-                _, offset = self.words(start + 8 * (((wanted >> 8) + turn) % count), 2)
+                _, offset = self.words(starts[bucket] + 8 * (((wanted >> 8) + turn) % count), 2)
                 hashed = self.record(offset)[1].partition(b":")[0].decode("ascii", "replace")
                 if password_usable(hashed):
                     return hashed
@@ -1917,8 +1943,8 @@ def access_check(entry: Any, peer: Peer, now: float, log: Any) -> None:
 #   extauth:FILE   the socket of pure-authd(8)
 
 EXTAUTH_TRIES, EXTAUTH_PAUSE = 6, 1.0       # connecting to pure-authd: how often, and seconds between
-EXTAUTH_QUEUE_SECONDS = 10                  # for pure-authd to take the connection
-EXTAUTH_SECONDS = 70.0                      # for its answer; it gives a program 60
+EXTAUTH_QUEUE_SECONDS = 5                   # for pure-authd to take the connection
+EXTAUTH_SECONDS = 50.0                      # for all of it; a login child has a minute
 EXTAUTH_ANSWER_MAX = 4095                   # bytes, as the original
 SHADOW_LINE_MAX = 4096                      # bytes; a longer line of /etc/shadow is nobody's
 PAM_SERVICE = b"pure-ftpd"
@@ -2343,8 +2369,8 @@ def extauth_question(user: bytes, password: bytes, peer: Peer) -> bytes:
     return b"account:%b\npassword:%b\nlocalhost:%b\nlocalport:%b\npeer:%b\nsni_name:%b\nencrypted:%b\nend\n" % values
 
 
-def extauth_connect(path: str, log: Any, pause: float) -> socket.socket:
-    """A connection to pure-authd, which may be just starting. Raises OSError after the last try."""
+def extauth_connect(path: str, log: Any, pause: float, deadline: float) -> socket.socket:
+    """A connection to pure-authd, which may be just starting. Raises OSError after the last try, or the deadline."""
     for left in reversed(range(EXTAUTH_TRIES)):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:            # SO_SNDTIMEO: a connect() that does not block fails at once when many are waiting
@@ -2353,7 +2379,7 @@ def extauth_connect(path: str, log: Any, pause: float) -> socket.socket:
             return connection
         except OSError as error:
             connection.close()
-            if not left:
+            if not left or time.monotonic() > deadline:
                 raise
             log.warning(f"extauth: {path}: {error.strerror or error}; {left} more tries")
             time.sleep(pause)
@@ -2363,9 +2389,9 @@ def extauth_connect(path: str, log: Any, pause: float) -> socket.socket:
 def extauth_ask(path: str, question: bytes, log: Any, pause: float = EXTAUTH_PAUSE,
                 seconds: float = EXTAUTH_SECONDS) -> bytes:
     """The whole answer to `question`. Raises BackendBroken when there is none within `seconds`."""
+    deadline = time.monotonic() + seconds
     try:
-        with extauth_connect(path, log, pause) as connection:
-            deadline = time.monotonic() + seconds
+        with extauth_connect(path, log, pause, deadline) as connection:
             connection.settimeout(seconds)
             connection.sendall(question)
             answer = b""
@@ -2540,18 +2566,22 @@ def anonymous_user() -> Any:
 #   REMOVEFTPWHOENTRY  session -> PRIV       the scoreboard entry of the session that asks may go
 #   ENDED              PRIV -> SERVER        the session of that login id is gone
 #   DRAIN, STOP        PRIV -> SERVER, ...   accept nobody any more; say goodbye now
+#   CONSULT            PRIV -> SERVER        may a TLS client of that address try a password now?
+#   GRANTED            SERVER -> PRIV        it may, or it may not; later, when it has to wait
+#   OUTCOME            PRIV -> SERVER        how that try ended: a VERDICT_*
 
-LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP = range(1, 10)
+LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME = range(1, 13)
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
-USER_MAX, PASSWORD_MAX, CLIENT_MAX, PENDING_MAX = 127, 511, 255, 8192       # bytes
+USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
 
 VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 
-LOGIN_HEAD = struct.Struct("!BIBHBHBH")     # kind, id, flags, facts, then the lengths of user, password, client, pending
-STARTTLS_HEAD = struct.Struct("!BIBHB")     # kind, id, flags, facts, length of client
+LOGIN_HEAD = struct.Struct("!BIBHBHBBH")    # kind, id, flags, facts, then the lengths of user, password, client, sni, pending
+STARTTLS_HEAD = struct.Struct("!BIBHBB")    # kind, id, flags, facts, lengths of client, sni
 NUMBERED = struct.Struct("!BIB")            # kind, id, detail: VERDICT, ENDED
 PLAIN = struct.Struct("!BB")                # kind, detail: all the others
+LOGIN_LIMITS = (USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX)
 
 
 class MessageError(Exception):
@@ -2561,22 +2591,24 @@ class MessageError(Exception):
 class Negotiated:
     """What a client has agreed with the server, before its login and after."""
 
-    __slots__ = ("binary", "facts", "sized_buffer", "private", "client")
+    __slots__ = ("binary", "facts", "sized_buffer", "private", "client", "implicit", "sni")
 
     def __init__(self, binary: bool = False, facts: int = 0xFFFF, sized_buffer: bool = False, private: bool = False,
-                 client: bytes = b"") -> None:
+                 client: bytes = b"", implicit: bool = False, sni: bytes = b"") -> None:
         self.binary = binary                # TYPE I or L 8; the original starts with A
         self.facts = facts                  # bit n: fact n of MLST_FACTS is wanted (OPTS MLST)
         self.sized_buffer = sized_buffer    # PBSZ has been said
         self.private = private              # PROT P
         self.client = client                # what CLNT told
+        self.implicit = implicit            # TLS without AUTH TLS, on a port of its own
+        self.sni = sni                      # the host name that the client asked for in its TLS handshake
 
     def flags(self) -> int:
-        return self.binary | self.sized_buffer << 1 | self.private << 2
+        return self.binary | self.sized_buffer << 1 | self.private << 2 | self.implicit << 3
 
     @classmethod
-    def from_message(cls, flags: int, facts: int, client: bytes) -> "Negotiated":
-        return cls(bool(flags & 1), facts, bool(flags & 2), bool(flags & 4), client)
+    def from_message(cls, flags: int, facts: int, client: bytes, sni: bytes) -> "Negotiated":
+        return cls(bool(flags & 1), facts, bool(flags & 2), bool(flags & 4), client, bool(flags & 8), sni)
 
 
 class LoginRequest(NamedTuple):
@@ -2590,13 +2622,11 @@ class LoginRequest(NamedTuple):
 
 def login_message(request: LoginRequest) -> bytes:
     """The bytes of a LOGIN. Raises ValueError when a field is longer than its limit."""
-    user, password, client, pending = request.user, request.password, request.negotiated.client, request.pending
-    for field, most in ((user, USER_MAX), (password, PASSWORD_MAX), (client, CLIENT_MAX), (pending, PENDING_MAX)):
-        if len(field) > most:
-            raise ValueError("a field of LOGIN is too long")
-    head = LOGIN_HEAD.pack(LOGIN, request.id, request.negotiated.flags(), request.negotiated.facts,
-                           len(user), len(password), len(client), len(pending))
-    return head + user + password + client + pending
+    fields = request.user, request.password, request.negotiated.client, request.negotiated.sni, request.pending
+    if any(len(field) > most for field, most in zip(fields, LOGIN_LIMITS)):
+        raise ValueError("a field of LOGIN is too long")
+    head = LOGIN_HEAD.pack(LOGIN, request.id, request.negotiated.flags(), request.negotiated.facts, *map(len, fields))
+    return head + b"".join(fields)
 
 
 def login_parse(message: bytes) -> LoginRequest:
@@ -2604,14 +2634,13 @@ def login_parse(message: bytes) -> LoginRequest:
     if len(message) < LOGIN_HEAD.size:
         raise MessageError("short LOGIN")
     kind, number, flags, facts, *lengths = LOGIN_HEAD.unpack_from(message)
-    limits = (USER_MAX, PASSWORD_MAX, CLIENT_MAX, PENDING_MAX)
-    if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(n > m for n, m in zip(lengths, limits)):
+    if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(n > m for n, m in zip(lengths, LOGIN_LIMITS)):
         raise MessageError("LOGIN whose lengths do not add up")
     fields, start = [], LOGIN_HEAD.size
     for length in lengths:
         fields.append(message[start:start + length])
         start += length
-    return LoginRequest(number, fields[0], fields[1], Negotiated.from_message(flags, facts, fields[2]), fields[3])
+    return LoginRequest(number, fields[0], fields[1], Negotiated.from_message(flags, facts, fields[2], fields[3]), fields[4])
 
 
 def login_id(message: bytes) -> int:
@@ -2623,17 +2652,18 @@ def login_id(message: bytes) -> int:
 
 def starttls_message(number: int, negotiated: Negotiated) -> bytes:
     return STARTTLS_HEAD.pack(STARTTLS, number, negotiated.flags(), negotiated.facts,
-                              len(negotiated.client)) + negotiated.client
+                              len(negotiated.client), len(negotiated.sni)) + negotiated.client + negotiated.sni
 
 
 def starttls_parse(message: bytes) -> "tuple[int, Negotiated]":
     """The id and the state in a STARTTLS. Raises MessageError."""
     if len(message) < STARTTLS_HEAD.size:
         raise MessageError("short STARTTLS")
-    kind, number, flags, facts, length = STARTTLS_HEAD.unpack_from(message)
-    if kind != STARTTLS or STARTTLS_HEAD.size + length != len(message):
+    kind, number, flags, facts, length, named = STARTTLS_HEAD.unpack_from(message)
+    middle = STARTTLS_HEAD.size + length
+    if kind != STARTTLS or middle + named != len(message):
         raise MessageError("STARTTLS whose lengths do not add up")
-    return number, Negotiated.from_message(flags, facts, message[STARTTLS_HEAD.size:])
+    return number, Negotiated.from_message(flags, facts, message[STARTTLS_HEAD.size:middle], message[middle:])
 
 
 def numbered_parse(message: bytes) -> "tuple[int, int, int]":
@@ -2641,6 +2671,17 @@ def numbered_parse(message: bytes) -> "tuple[int, int, int]":
     if len(message) != NUMBERED.size:
         raise MessageError("message of %d bytes" % len(message))
     return NUMBERED.unpack(message)
+
+
+def consult_message(number: int, address: str) -> bytes:
+    return NUMBERED.pack(CONSULT, number, 0) + address.encode()
+
+
+def consult_parse(message: bytes) -> "tuple[int, str]":
+    """(number, address) of a CONSULT. Raises MessageError."""
+    if not NUMBERED.size < len(message) <= NUMBERED.size + 64:
+        raise MessageError("CONSULT of %d bytes" % len(message))
+    return NUMBERED.unpack_from(message)[1], message[NUMBERED.size:].decode("ascii", "replace")
 
 
 def plain_parse(message: bytes) -> "tuple[int, int]":
@@ -3645,8 +3686,8 @@ def path_tidy(path):
 # order and columns, and its limits. Between names of files and lines there are two ways: `lines` is the loop for plain
 # `ls -l` of files and directories, everything else (links, -F, -C, -1) goes through `entry`, one by one.
 #
-# LIST sorts, so it holds names (and stat results for -t and -S), but not many more than -L lets it show. Directories of -R wait on
-# a list of our own: neither Python's stack nor the number of open directories grows with the depth.
+# LIST sorts, so it holds names (and stat results for -t and -S), but not many more than -L lets it show. Directories
+# of -R wait on a list of our own: neither Python's stack nor the number of open directories grows with the depth.
 
 def list_options(argument, options=""):
     """(letters, rest) of LIST's argument: the options in force, of "aCdFlRrSt", and what follows them.
@@ -3828,7 +3869,8 @@ class ListListing(Listing):
         if by_stat is not None:
             known = dict(entries)
             return list(known), known.__getitem__
-        return entries, partial(os.lstat, dir_fd=fd) if hidden else partial(self.stat_at, path, fd)
+        lstat = os.lstat
+        return entries, (lambda name: lstat(name, dir_fd=fd)) if hidden else (lambda name: self.stat_at(path, fd, name))
 
     def sort(self, entries, by_stat):
         """Sort names, or (name, stat) with the latest or largest first; equals stay as they lie, in C as here."""
@@ -3944,16 +3986,18 @@ def list_columns(names):
     return lines
 
 # ==== Quotas ======================================================================================
-# `.ftpquota` in the root of an account's files says what the account holds: "FILES BYTES\n", as the original writes it. It is opened for
-# each look (an administrator may replace it), created by the first one, locked with fcntl(2), and overwritten in place: what is left of a
-# longer line behind the first newline means nothing, so that no reader, and no crash, ever meets an empty or a shorter number.
-# A file that cannot be read or understood refuses uploads; taking away is always allowed.
+# `.ftpquota` in the root of an account's files says what the account holds: "FILES BYTES\n", as the original writes
+# it. It is opened for each look (an administrator may replace it), created by the first one, locked with fcntl(2),
+# and overwritten in place: what is left of a longer line behind the first newline means nothing, so that no reader,
+# and no crash, ever meets an empty or a shorter number. A file that cannot be read or understood refuses uploads;
+# taking away is always allowed.
 #
-# Whoever adds or removes a name does so inside `with quota.lock() as account`, so that what is counted is what happens, whatever the
-# other sessions of the account do. Adding is charged before, removing after it happened, and an upload writes only bytes that it has
-# reserved: the sum of all sessions never passes the limit, and what a kill -9 leaves is counted too high (by the reservation, at most
-# QUOTA_STEP, and one file), never too low. An upload holds its file with flock(2), because only the session that writes it knows how
-# much of it is paid: who removes the name meanwhile gives back the file, and the writer, who sees that no name is left, the bytes.
+# Whoever adds or removes a name does so inside `with quota.lock() as account`, so that what is counted is what
+# happens, whatever the other sessions of the account do. Adding is charged before, removing after it happened, and an
+# upload writes only bytes that it has reserved: the sum of all sessions never passes the limit, and what a kill -9
+# leaves is counted too high (by the reservation, at most QUOTA_STEP, and one file), never too low. An upload holds
+# its file with flock(2), because only the session that writes it knows how much of it is paid: who removes the name
+# meanwhile gives back the file, and the writer, who sees that no name is left, the bytes.
 
 QUOTA_FILE = b".ftpquota"
 QUOTA_TEMPORARY = b".pureftpd-"         # names of ours begin with it
@@ -4016,7 +4060,7 @@ class Quota:
                              "run quotacheck for this account")
 
     def lines(self, account: "QuotaAccount | None" = None) -> "list[str]":
-        """What the replies 226, 230, 250 and 257 tell of the quota (clients and panels read the original's words: displayquota)."""
+        """What the replies 226, 230, 250 and 257 tell of the quota: the original's words, which clients read."""
         if account is None:
             with self.lock() as account:
                 pass
@@ -4035,7 +4079,7 @@ def quota_percent(used: int, limit: int) -> int:
 
 
 class QuotaAccount:
-    """What an account holds, while it is locked: `with quota.lock() as account`. The numbers stay readable afterwards."""
+    """What an account holds, while it is locked: `with quota.lock() as account`. The numbers can be read afterwards."""
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
@@ -4082,7 +4126,7 @@ class QuotaAccount:
             self.files, self.size = files, size
 
     def claim(self, files: int, freed: int = 0) -> None:
-        """Charge `files` that are about to be made, `freed` bytes being about to go. Raises Refuse; nothing is charged then.
+        """Charge `files` that are about to be made, while `freed` bytes are about to go. Raises Refuse.
 
         Compat: no free file refuses also who only wants to overwrite one (dostor).
         """
@@ -4093,7 +4137,7 @@ class QuotaAccount:
             raise Refuse(552, "Quota exceeded, nothing has been stored")
         self.charge(files, 0)
         if self.broken:
-            raise Refuse(451, "The quota of this account cannot be read, nothing has been stored: tell the administrator")
+            raise Refuse(451, "The quota of this account cannot be read, nothing is stored: tell the administrator")
 
     def allows(self, size: int) -> bool:
         """Whether one more file of `size` bytes would do (ALLO)."""
@@ -4102,7 +4146,7 @@ class QuotaAccount:
                 and (limit.size is None or self.size < limit.size and size <= limit.size - self.size))
 
     def counted(self, path: bytes) -> int:
-        """The bytes to give back when the name `path` goes: 0 for a directory or a file that a session is writing. Raises OSError."""
+        """The bytes to give back when the name `path` goes: 0 for a directory, or a file being written. OSError."""
         if not self.quota.limited:
             return 0
         st = self.quota.tree.lstat(path)
@@ -4126,7 +4170,7 @@ class QuotaAccount:
         return False
 
     def hold(self, fd: int) -> bool:
-        """Take a file for an upload, until its meter is settled or `fd` is closed; False when another session writes it."""
+        """Take a file for an upload, until its meter is settled or `fd` closed; False when another session does."""
         if not self.quota.limited:
             return True
         import fcntl
@@ -4139,7 +4183,7 @@ class QuotaAccount:
     def meter(self, fd: int, before: int, offset: int) -> "QuotaMeter":
         """The meter of an upload into `fd`: a file that is held, had `before` bytes, and has been cut down to `offset`.
 
-        What has been cut off, as far as it was counted, is this upload's to use, but for what is much more than it may need.
+        What has been cut off, as far as it was counted, is this upload's to use, unless it is much more than that needs.
         """
         freed = min(before - offset, self.size)
         self.charge(0, -max(0, freed - QUOTA_STEP))
@@ -4157,7 +4201,7 @@ class QuotaMeter:
         self.paid = paid                # bytes of the file that the account has been charged with
 
     def room(self, wanted: int) -> int:
-        """How many of `wanted` bytes at hand may be written now, and count them as written: less than `wanted` says "full"."""
+        """How many of `wanted` bytes at hand may be written now, and count them as written: "full" if that is less."""
         if not self.quota.limited:
             return wanted
         if self.paid - self.size < wanted:
@@ -4177,27 +4221,27 @@ class QuotaMeter:
             self.paid += more
 
     def settle(self, account: QuotaAccount) -> None:
-        """Charge what the file has really become, complete or not, and let go of it. To be called before `fd` is closed."""
+        """Charge what the file has really become, complete or not, and let go of it. Comes before close(2) of `fd`."""
         if not self.quota.limited:
             return
         import fcntl
         st = os.fstat(self.fd)
-        size = st.st_size if st.st_nlink else 0             # whoever removed its last name has given back the file, not the bytes
+        size = st.st_size if st.st_nlink else 0         # who removed its name has given back the file, not the bytes
         account.charge(0, size - self.paid)
         self.size = self.paid = size
         try:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError:
-            pass                                            # a file system without locks
+            pass                                        # a file system without locks
 
 
 # ==== Ratios and bandwidth ========================================================================
 # Pure arithmetic: what was moved and what time it is come in, what may be moved comes out.
 #
-# A Throttle counts in time: every byte takes 1 / rate seconds, and `paid_until` is when those that went so far are paid. It lets
-# a slice (THROTTLE_SLICE seconds' worth) go ahead of that moment, then nothing until the moment has come. So a busy transfer
-# wakes up some 20 times a second at any rate, a late wake-up is made up for by the next slice, and a transfer that stood
-# still may catch up THROTTLE_BEHIND seconds of what it missed and no more.
+# A Throttle counts in time: every byte takes 1 / rate seconds, and `paid_until` is when those that went so far are
+# paid. It lets a slice (THROTTLE_SLICE seconds' worth) go ahead of that moment, then nothing until the moment has
+# come. So a busy transfer wakes up some 20 times a second at any rate, a late wake-up is made up for by the next
+# slice, and a transfer that stood still may catch up THROTTLE_BEHIND seconds of what it missed and no more.
 
 THROTTLE_SLICE = 0.05               # seconds
 THROTTLE_BEHIND = 0.2               # seconds
@@ -4206,7 +4250,7 @@ THROTTLE_BUFFER_MAX = 1 << 20       # bytes; faster receivers keep the kernel's 
 
 
 def ratio_allows(ratio_ul: int, ratio_dl: int, uploaded: int, downloaded: int, length: int) -> bool:
-    """Whether `length` bytes more may be downloaded. Both counters are the session's, in bytes; a ratio of 0 is none (doretr)."""
+    """Whether `length` bytes more may be downloaded; counters are the session's, a ratio of 0 is none (doretr)."""
     return not (ratio_ul and ratio_dl) or (downloaded + length) // ratio_dl <= uploaded // ratio_ul
 
 
@@ -4220,7 +4264,7 @@ def ratio_denial(ratio_ul: int, ratio_dl: int, uploaded: int, downloaded: int) -
 def throttle_buffer(rate: int) -> int:
     """SO_RCVBUF, in bytes, for a data socket that is to receive `rate` bytes/s; 0: leave it alone.
 
-    The kernel takes in what its buffer holds at full speed, however slowly we read. To be set before listen() or connect().
+    The kernel fills its buffer at full speed, however slowly we read. To be set before listen() or connect().
     """
     size = max(4096, rate // 4)
     return size if rate and size < THROTTLE_BUFFER_MAX else 0
@@ -4274,7 +4318,7 @@ TRANSFERLOG_DAYS = (b"Mon", b"Tue", b"Wed", b"Thu", b"Fri", b"Sat", b"Sun")
 class Transfer(NamedTuple):
     """One transfer, as the logs tell it."""
     upload: bool
-    path: bytes                 # as root sees it: the session's root and the path in it; b"1.2.3.4:/x" in a virtual host
+    path: bytes                 # as root sees it: session's root + path in it; b"1.2.3.4:/x" in a virtual host
     size: int                   # bytes that were moved
     seconds: float
     user: bytes                 # b"ftp" when anonymous
@@ -4292,7 +4336,7 @@ class TransferLog:
         self.failed = False
 
     def write(self, lines: bytes, if_empty: bool = False) -> None:
-        """Append `lines`, whole or not at all, and complain once when that fails; with `if_empty` only to an empty file."""
+        """Append `lines`, whole or not at all, and complain once when that fails. `if_empty`: only to an empty file."""
         import fcntl
         locked = self.lock()
         try:
@@ -4311,7 +4355,7 @@ class TransferLog:
                 fcntl.lockf(self.fd, fcntl.LOCK_UN)
 
     def lock(self) -> bool:
-        """Whether the file is ours alone. Tried for a while only: who stops a process of his own must not stop everybody's."""
+        """Whether the file is ours alone. Not tried for ever: who stops his own process must not stop others."""
         import fcntl
         for _ in range(TRANSFERLOG_LOCK_TRIES):
             try:
@@ -4357,10 +4401,10 @@ def transferlog_open(path: str) -> int:
 
 
 def transferlog_begin(log: TransferLog) -> None:
-    """Give an empty w3c log its header. Compat: an empty one made by logrotate(8) too (main.c: only one it makes itself)."""
+    """Give an empty w3c log its header. Compat: also one that logrotate(8) made (the original: one it makes itself)."""
     if log.form == "w3c":
-        log.write(b"#Software: pureftpd.py\n#Version: 1.0\n#Date: %b\n#Fields: date time c-ip cs-method cs-uri-stem"
-                  b" sc-status cs-username sc-bytes\n" % transferlog_utc(time.time()), if_empty=True)
+        head = b"#Software: pureftpd.py %b\n#Version: 1.0\n#Date: %b\n" % (VERSION.encode(), transferlog_utc(time.time()))
+        log.write(head + b"#Fields: date time c-ip cs-method cs-uri-stem sc-status cs-username sc-bytes\n", if_empty=True)
 
 
 def transferlog_moved(path: str, fd: int) -> bool:
@@ -4504,7 +4548,7 @@ def transferlog_write(logs: "list[TransferLog]", transfer: Transfer) -> None:
 
 def transferlog_event(logs: "list[TransferLog]", event: str, user: bytes, host: str, session_start: float,
                       **details: Any) -> None:
-    """Tell the json logs of anything else: login, refusal (reason=), delete, rename (path=, to=), mkdir, rmdir, logout ..."""
+    """Tell the json logs of anything else: login, refusal (reason=), delete, rename (path=, to=), mkdir, logout ..."""
     for log in logs:
         if log.form == "json":
             log.write(json_event(event, user, host, session_start, time.time(), **details))
@@ -4607,11 +4651,6 @@ class ScoreboardRecord(NamedTuple):
     filename: bytes                 # as the client named it; its end if it is longer than 1023 bytes
 
 
-def scoreboard_preload() -> None:
-    """Load what a login child needs (before the first fork)."""
-    import fcntl  # noqa: F401
-
-
 def scoreboard_name(pid: int) -> str:
     return f"client-{pid:08d}"
 
@@ -4683,7 +4722,7 @@ def scoreboard_claim(statedir: str, pid: int, peer: Any, now: "float | None" = N
     """
     directory = statedir_open(statedir)
     name = scoreboard_name(pid)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         try:
             descriptor = os.open(name, flags, 0o600, dir_fd=directory)
@@ -5196,7 +5235,8 @@ class Conversation:
         """RFC 4217 section 4."""
         if not self.options.tls:
             raise Refuse(502, "TLS is not offered here")
-        if argument.upper() not in AUTH_MECHANISMS:
+        mechanism = argument.upper()
+        if mechanism not in AUTH_MECHANISMS and not (mechanism == b"SSL" and self.options.tlsauthssl):
             raise Refuse(504, "Only AUTH TLS is known")
         return self.start_tls()
 
@@ -5224,6 +5264,16 @@ class Conversation:
             raise Refuse(534, "C (clear) and P (private) are known; this is C now")
         return 200, "Data protection is now " + ("private" if self.negotiated.private else "clear")
 
+    @command("CCC", login=False, idle=True, feat=lambda self: "CCC" if self.options.tls else None)
+    def do_ccc(self, argument: bytes) -> Any:
+        """RFC 4217 section 12.3: only who has logged in may go back to a control connection in the clear."""
+        if not self.encrypted or not self.logged_in:
+            raise Refuse(534, "CCC needs TLS and a login")
+        return self.clear_command_channel()
+
+    def clear_command_channel(self) -> Any:
+        raise Refuse(534, "CCC needs TLS and a login")
+
     # -- what is no FTP --------------------------------------------------------------------------------
 
     @command("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "POST", "PUT", login=False, help=False)
@@ -5232,7 +5282,7 @@ class Conversation:
         raise Hangup(500, "This is an FTP server, not a web server")
 
 
-AUTH_MECHANISMS = (b"TLS",)
+AUTH_MECHANISMS = (b"TLS", b"TLS-C")
 VERBS_BEGIN_WITH = frozenset(bytes([b]) for b in VERB_BYTES)
 UNKNOWN = (500, "Unknown command")
 NOT_LOGGED_IN = (530, "You are not logged in")
@@ -5393,8 +5443,10 @@ def address_normal(address: str) -> str:
 class DataPort:
     """Where the next data connection comes from or goes to."""
 
-    def __init__(self, attention: Attention, peer: Peer, family: int, range_: "tuple[int, int] | None", foreign: bool) -> None:
+    def __init__(self, attention: Attention, peer: Peer, family: int, range_: "tuple[int, int] | None", foreign: bool,
+                 receive_buffer: int = 0) -> None:
         self.attention, self.peer, self.family, self.range = attention, peer, family, range_
+        self.receive_buffer = receive_buffer                    # SO_RCVBUF of a throttled session, 0: the kernel's own
         self.foreign = foreign                                  # FXP: other addresses than the client's are welcome (-w, -W)
         self.listener: "socket.socket | None" = None
         self.target: "tuple[str, int] | None" = None            # PORT, EPRT
@@ -5414,6 +5466,7 @@ class DataPort:
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.bind((self.peer.local_address, port))
+                self.prepare(sock)
                 sock.listen(8)
             except OSError as error:
                 sock.close()
@@ -5424,6 +5477,11 @@ class DataPort:
             self.listener = sock
             return sock.getsockname()[1]
         raise Refuse(425, "All passive ports are in use, try again later")
+
+    def prepare(self, sock: socket.socket) -> None:
+        """What must be set before a connection is made."""
+        if self.receive_buffer:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.receive_buffer)
 
     def ports(self) -> "Any":
         """The ports to try: the kernel's choice, or the whole range from a random place downwards, once each."""
@@ -5479,6 +5537,7 @@ class DataPort:
         sock = bind(family)
         try:
             sock.setblocking(False)
+            self.prepare(sock)
             if sock.connect_ex(target) not in (0, errno.EINPROGRESS):
                 raise Refuse(425, "Could not connect to port %d" % target[1])
             self.attention.wait(sock.fileno(), select.POLLOUT, CONNECT_SECONDS)
@@ -5907,6 +5966,11 @@ class SessionLoop(Conversation):
             lines.pop()
         return lines[:MESSAGE_LINES]
 
+    def clear_command_channel(self) -> Any:
+        """The reply goes out with a descriptor beside it, which tells the relay that it is the last one under TLS."""
+        socket.send_fds(self.control, [reply_bytes(200, "The control connection is in the clear now")], [self.control.fileno()])
+        self.encrypted = False
+
     # -- what waits --------------------------------------------------------------------------------
 
     @command("SITE", missing=(500, "SITE needs a command: see SITE HELP"))
@@ -6315,12 +6379,15 @@ class Session(FileCommands):
         super().__init__(options, log, entry)
         foreign = options.allowanonymousfxp or options.allowuserfxp and not entry.account.anonymous
         family = socket.AF_INET6 if ":" in entry.peer.local_address else socket.AF_INET
-        self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange, foreign)
         self.offset = 0                                     # REST
         self.extended_only = False                          # EPSV ALL
         self.warned_of_address = False
         self.uploads = 0                                    # STOU's counter
+        self.resumes = False                                # a data connection has resumed the TLS session: all must from now on
+        if entry.tls is not None:
+            entry.tls.num_tickets = 0                       # none on data connections
         self.limits_prepare()
+        self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange, foreign, throttle_buffer(self.rate_up))
 
     def limits_prepare(self) -> None:
         """Bandwidth, ratio and quota: the account's own, else the server's."""
@@ -6557,7 +6624,23 @@ class Session(FileCommands):
                 stream.close()
 
     def stream(self, sock: socket.socket, rate: int, progress: "Callable[[int], None] | None") -> Stream:
-        return Stream(sock, self.attention, rate, self.idle_seconds, progress)
+        if not (self.encrypted_data and self.entry.tls):
+            return Stream(sock, self.attention, rate, self.idle_seconds, progress)
+        stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, self.entry.tls, self.options.tlslooseclose)
+        resumed = stream.sock.session_reused
+        if not resumed and (self.options.tlssessionreuse == "on" or self.resumes and self.resuming_possible()):
+            stream.close()
+            raise Refuse(522, "The data connection must resume the TLS session of this login")
+        self.resumes = self.resumes or resumed and self.options.tlssessionreuse == "auto"
+        return stream
+
+    def resuming_possible(self) -> bool:
+        """Whether the client's ticket can still be good."""
+        return time.time() - self.started < TICKET_SECONDS
+
+    @property
+    def encrypted_data(self) -> bool:
+        return self.negotiated.private
 
     # -- down ----------------------------------------------------------------------------------------
 
@@ -6750,6 +6833,8 @@ class Session(FileCommands):
             self.scoreboard(SCOREBOARD_IDLE)
             lines, failure = self.upload_end(upload, meter, failure)
             self.transferred(True, upload.path, stream, failure is None)
+            if self.entry.uploadpipe is not None and stream is not None and self.is_kept(upload, failure):
+                uploadpipe_write(self.entry.uploadpipe, self.user_shown(), self.host_path(upload.path), self.log)
         if failure or stream is None:
             return failure
         return 226, b"\n".join([*lines, b"File stored", rate_text(stream.moved, stream.seconds()).encode()])
@@ -6793,6 +6878,11 @@ class Session(FileCommands):
             if meter is not None:
                 meter.settle(account)
         return self.account_lines(account), failure
+
+    @staticmethod
+    def is_kept(upload: Upload, failure: "tuple[int, str] | None") -> bool:
+        """Whether an upload script should see the file: not what was removed again (over quota, broken off under -0)."""
+        return failure is None or failure[0] != 552 and upload.working == upload.path
 
     def publish(self, upload: Upload, account: QuotaAccount) -> None:
         """-0: the complete upload takes the place of the old file."""
@@ -6923,9 +7013,9 @@ class Suspect:
 class Defender:
     """Pure logic: `now` is time.monotonic(), and nothing here waits, logs or sends."""
 
-    def __init__(self, ban_after: int = 20, ban_time: float = 600.0, never: "tuple[Any, ...]" = (),
+    def __init__(self, ban_after: int = 20, ban_time: float = 600.0, never: "tuple[Network, ...]" = (),
                  addresses: int = DEFENDER_ADDRESSES) -> None:
-        """`never`: ipaddress networks that are neither slowed nor banned; ban_after 0: nobody is; ban_time: seconds."""
+        """`never`: networks that are neither slowed nor banned; ban_after 0: nobody is; ban_time: seconds."""
         from collections import OrderedDict
         self.ban_after, self.ban_time, self.never, self.addresses = ban_after, ban_time, never, addresses
         self.suspects: "OrderedDict[bytes, Suspect]" = OrderedDict()        # the most recently heard of last
@@ -6980,7 +7070,7 @@ class Defender:
 
     def suspect(self, address: str, now: float, create: bool = False) -> "Suspect | None":
         """The entry of `address`, its level as of `now`. None: unknown and not to be created, or never suspected."""
-        if not self.ban_after or (self.never and self.is_exempt(address)):
+        if not self.ban_after or any(network.holds(address) for network in self.never):
             return None
         key = address_key(address)
         suspect = self.suspects.get(key)
@@ -7005,13 +7095,6 @@ class Defender:
             if oldest is not None:
                 del self.suspects[oldest]
 
-    def is_exempt(self, address: str) -> bool:
-        try:
-            where = address_parse(address)
-        except ValueError:
-            return False
-        return any(where in network for network in self.never)
-
 
 def address_key(address: str) -> bytes:
     """Under which key an address is counted: IPv4's 4 bytes (IPv4-mapped ones too), IPv6's first 8, else its text."""
@@ -7035,6 +7118,7 @@ FAILURE_SECONDS = 3.0               # the n-th wrong password's reply waits n ti
 ACCEPT_AT_ONCE = 64                 # new visitors per round of the loop, so that the others get their turn
 VISITOR_READ = 4096                 # bytes
 ANONYMOUS_NAMES = (b"ftp", b"anonymous")
+HELLO_MAX = 16384 + 5               # bytes of a TLS record, where a ClientHello fits in
 LOGIN_LINES = {                     # what a visitor hears instead of 230, before the connection is closed
     VERDICT_BROKEN: (421, "Logging in is not possible now, try again later"),
     VERDICT_LIMIT: (421, "This account has as many sessions as it may have"),
@@ -7045,7 +7129,7 @@ WRONG_LINE = (530, "Login authentication failed")
 class Visitor(Conversation):
     """Somebody who has not logged in."""
 
-    __slots__ = ("door", "sock", "peer", "user", "failures", "output", "parked", "id", "closing")
+    __slots__ = ("door", "sock", "peer", "user", "failures", "output", "parked", "id", "closing", "hello")
 
     def __init__(self, door: Any, sock: Any, peer: Peer, options: Any, log: Log, negotiated: "Negotiated | None" = None) -> None:
         super().__init__(options, log, negotiated or Negotiated(), b"", peer.encrypted, peer.address)
@@ -7055,6 +7139,7 @@ class Visitor(Conversation):
         self.output = b""                   # replies that the client has not taken yet
         self.parked = False                 # no command is run: a login is being checked, or its delay passes
         self.id = 0                         # of the login that is being checked
+        self.hello = False                  # TLS begins: its ClientHello is awaited
         self.closing = False                # once `output` is sent, it is over
 
     def run_lines(self) -> None:
@@ -7162,8 +7247,8 @@ class Greeting:
         if self.fortunes:
             return self.fortunes[int.from_bytes(os.urandom(4), "big") % len(self.fortunes)]
         tls = " with TLS" if self.options.tls else ""
-        return "\n".join([f"---------- Welcome to pureftpd.py [privsep]{tls} ----------",
-                          "You are user number %d of %d allowed" % (number, self.options.maxclientsnumber),
+        count = ["You are user number %d of %d allowed" % (number, self.options.maxclientsnumber)] if number else []
+        return "\n".join([f"---------- Welcome to pureftpd.py [privsep]{tls} ----------", *count,
                           "Local time is now %s, server port %d" % (time.strftime("%H:%M"), port), *self.notes])
 
 
@@ -7185,10 +7270,18 @@ def fortunes_read(path: str) -> "list[bytes]":
     return found
 
 
+class Listener(NamedTuple):
+    """A listening socket, and what asked for it."""
+    family: int
+    address: "tuple[Any, ...]"              # as it was asked for: port 0 is any
+    implicit: bool                          # its clients begin with TLS (--tlsbind)
+    sock: socket.socket
+
+
 class Server:
     """The loop, and what it knows of each client of this machine."""
 
-    def __init__(self, options: Any, log: Log, channel: socket.socket, listeners: "list[socket.socket]",
+    def __init__(self, options: Any, log: Log, channel: socket.socket, listeners: "list[Listener]",
                  sessions: "dict[int, str]", defender: Defender, last_id: int = 0) -> None:
         self.options, self.log, self.channel, self.listeners = options, log, channel, listeners
         self.sessions = sessions                            # id of the login: address of its client
@@ -7209,8 +7302,8 @@ class Server:
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self.on_channel)
         for listener in listeners:
-            listener.setblocking(False)
-            self.selector.register(listener, selectors.EVENT_READ, self.on_accept)
+            listener.sock.setblocking(False)
+            self.selector.register(listener.sock, selectors.EVENT_READ, self.accepting(listener))
 
     def run(self) -> None:
         """Serve until PRIV says STOP or is gone, or (draining) until nobody is left."""
@@ -7253,7 +7346,10 @@ class Server:
 
     # -- coming and going ----------------------------------------------------------------------------
 
-    def on_accept(self, listener: socket.socket) -> None:
+    def accepting(self, listener: Listener) -> "Callable[[Any], None]":
+        return lambda _: self.on_accept(listener.sock, listener.implicit)
+
+    def on_accept(self, listener: socket.socket, implicit: bool) -> None:
         for _ in range(ACCEPT_AT_ONCE):
             try:
                 sock, address = listener.accept()
@@ -7264,7 +7360,7 @@ class Server:
                     self.out_of_descriptors(listener)
                     return
                 continue                                    # the client is gone already (accept(2))
-            self.welcome(sock, address)
+            self.welcome(sock, address, implicit)
 
     def out_of_descriptors(self, listener: socket.socket) -> None:
         """Give the last one up to take a client out of the queue, which would wake us for ever, and turn it away."""
@@ -7280,7 +7376,7 @@ class Server:
             self.full = True
             self.log.error("Out of file descriptors: raise the limit (LimitNOFILE=, ulimit -n) or lower -c")
 
-    def welcome(self, sock: socket.socket, address: "tuple[Any, ...]") -> None:
+    def welcome(self, sock: socket.socket, address: "tuple[Any, ...]", implicit: bool = False) -> None:
         """Greet a new client, or turn it away."""
         host = address_normal(address[0])
         problem = self.objection(host)
@@ -7302,7 +7398,14 @@ class Server:
         self.adopt(visitor)
         self.log.who = "?@" + host
         self.log.info("New connection from " + host)
-        visitor.reply(220, self.greeting.text(self.clients(), local[1]))
+        try:
+            if implicit:
+                visitor.negotiated.implicit = visitor.parked = True
+                self.start_handshake(visitor)
+            else:
+                visitor.reply(220, self.greeting.text(self.clients(), local[1]))
+        except Hangup as end:
+            self.hang_up(visitor, end)
 
     def objection(self, host: str) -> str:
         """Why a client from `host` may not come in now; "" when it may."""
@@ -7351,7 +7454,8 @@ class Server:
         except OSError:
             pass
         visitor.closing = True
-        self.checking.pop(visitor.id, None)
+        if self.checking.pop(visitor.id, None) is not None:
+            self.defender.withdrawn(visitor.peer.address)
         self.uncount(visitor.peer.address)
         self.forget(visitor)
 
@@ -7380,6 +7484,9 @@ class Server:
         if visitor is None:
             return
         try:
+            if visitor.hello:
+                self.start_handshake(visitor)
+                return
             if visitor.output:
                 self.flush(visitor)
             else:
@@ -7454,11 +7561,28 @@ class Server:
         """Hand the client to a process of its own, which will do the handshake. What it sent with AUTH TLS must not count."""
         if visitor.input.pending():
             raise Hangup(503, "Commands after AUTH TLS must be encrypted")
-        self.last_id += 1
         visitor.output += reply_bytes(234, "AUTH TLS OK")
         self.flush(visitor)
         if visitor.output:
             raise Hangup()
+        self.start_handshake(visitor)
+
+    def start_handshake(self, visitor: Visitor) -> None:
+        """Hand the client over: at once, or with -3 when the name in its ClientHello has come."""
+        if self.options.extcert:
+            visitor.hello = visitor.parked = True
+            try:
+                data = visitor.sock.recv(HELLO_MAX, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            name = hello_name(data) if data else b""
+            if name is None:                                # wake us again when all of it is there
+                wanted = 5 + int.from_bytes(data[3:5], "big") if len(data) >= 5 else 5
+                visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+                return
+            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            visitor.negotiated.sni = name
+        self.last_id += 1
         try:
             socket.send_fds(self.channel, [starttls_message(self.last_id, visitor.negotiated)], [visitor.sock.fileno()],
                             socket.MSG_DONTWAIT)
@@ -7536,13 +7660,38 @@ class Server:
         elif number in self.sessions:
             self.uncount(self.sessions.pop(number))
 
+    def on_consult(self, message: bytes) -> None:
+        """PRIV asks for a TLS client: its password may be checked when the defender says so."""
+        number, address = consult_parse(message)
+        now = time.monotonic()
+        wait = self.defender.delay(address, now)
+        if wait and not self.defender.banned(address, now):
+            self.at(now + wait, lambda: self.on_consult(message))
+            return
+        if not wait:
+            self.consulted[number] = address
+        try:
+            self.channel.send(NUMBERED.pack(GRANTED, number, 1 if wait else 0), socket.MSG_DONTWAIT)
+        except OSError:
+            self.consulted.pop(number, None)
+
+    def on_outcome(self, message: bytes) -> None:
+        _, number, verdict = numbered_parse(message)
+        address = self.consulted.pop(number, None)
+        if address is None:
+            return
+        if verdict == VERDICT_WRONG:
+            self.failed_login(address, time.monotonic())
+        else:
+            self.defender.withdrawn(address)
+
     def on_drain(self, message: bytes) -> None:
         """Another SERVER has taken over the listening sockets: stay for those who are here."""
         plain_parse(message)
         self.draining = True
         for listener in self.listeners:
-            self.selector.unregister(listener)
-            listener.close()
+            self.selector.unregister(listener.sock)
+            listener.sock.close()
         self.listeners = []
 
     def on_stop(self, message: bytes) -> None:
@@ -7555,9 +7704,535 @@ class Server:
 SERVER_MESSAGES = {
     VERDICT: Server.on_verdict,
     ENDED: Server.on_ended,
+    CONSULT: Server.on_consult,
+    OUTCOME: Server.on_outcome,
     DRAIN: Server.on_drain,
     STOP: Server.on_stop,
 }
+
+# ==== TLS =========================================================================================
+# RFC 4217. A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes on
+# with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a plain socket.
+# So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the certificate's key.
+#
+# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next client. TLS process
+# and session inherit that one context, so a data connection that resumes a TLS session resumes one of this very login:
+# no other context's ticket keys open it. On data connections no tickets are sent (a client that closes at once would
+# answer them with a reset, which destroys what it has uploaded), and their end must be announced (close_notify).
+
+HANDSHAKE_SECONDS = 30
+GOODBYE_SECONDS = 3.0               # for the other side's close_notify
+TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
+TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
+EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
+RELAY_READ = 65536
+NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
+
+
+class Certificates:
+    """The certificate files, and what was good of them the last time. For PRIV, as root."""
+
+    def __init__(self, options: Any, log: Log) -> None:
+        """Raises ConfigError when they cannot be used now."""
+        import ssl
+        self.ssl, self.options, self.log = ssl, options, log
+        self.good: "dict[tuple[str, str], tuple[int, int]]" = {}        # by paths: memfds with what worked last
+        self.complained: "set[tuple[str, str]]" = set()
+        try:
+            self.context_of(options.certfile)
+        except (OSError, ValueError) as error:
+            raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
+                ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
+        self.warn_of_expiry()
+
+    def context(self, name: bytes) -> Any:
+        """A fresh SSLContext for a client that asked for host `name`. Raises OSError when there is no usable certificate."""
+        paths = self.options.certfile
+        if name and self.options.extcert:
+            paths = self.of_host(name) or paths
+        try:
+            context = self.context_of(paths)
+            self.complained.discard(paths)
+            return context
+        except (OSError, ValueError) as error:
+            if paths not in self.complained:
+                self.complained.add(paths)
+                self.log.error("certificate %s: %s; the old one stays in use" % (paths[0], tls_reason(error)))
+            if paths not in self.good:
+                raise OSError(errno.ENOENT, "no certificate") from None
+            certificate, key = ("/proc/self/fd/%d" % fd for fd in self.good[paths])
+            return tls_context(self.ssl, self.options, certificate, key)
+
+    def of_host(self, name: bytes) -> "tuple[str, str] | None":
+        """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
+        wanted = name.lower().decode("ascii", "replace") + ".pem"
+        try:
+            with os.scandir(self.options.extcert) as entries:
+                return next(((entry.path, entry.path) for entry in entries if entry.name.lower() == wanted), None)
+        except OSError:
+            return None
+
+    def context_of(self, paths: "tuple[str, str]") -> Any:
+        context = tls_context(self.ssl, self.options, *paths)
+        if hasattr(os, "memfd_create"):
+            old = self.good.get(paths)
+            if old is None or not all(file_is(path, fd) for path, fd in zip(paths, old)):
+                for fd in old or ():
+                    os.close(fd)
+                self.good[paths] = (memory_copy(paths[0]), memory_copy(paths[1]))
+        return context
+
+    def warn_of_expiry(self) -> None:
+        with open(self.options.certfile[0]) as file:
+            ends = certificate_end(self.ssl, file.read())
+        if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
+            self.log.warning("The certificate %s ends %s" % (
+                self.options.certfile[0], time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
+
+    def descriptors(self) -> "list[int]":
+        return [fd for pair in self.good.values() for fd in pair]
+
+
+def memory_copy(path: str) -> int:
+    """A memfd with the content of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        data = file.read(1 << 20)
+    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    os.write(fd, data)
+    return fd
+
+
+def file_is(path: str, fd: int) -> bool:
+    """Whether the file still has the content that `fd` keeps."""
+    with open(path, "rb") as file:
+        return file.read(1 << 20) == os.pread(fd, 1 << 20, 0)
+
+
+def tls_reason(error: Exception) -> str:
+    """Why a certificate does not work, in a few words."""
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+
+
+def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
+    """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = {"1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1, "1.2": ssl.TLSVersion.TLSv1_2,
+                               "1.3": ssl.TLSVersion.TLSv1_3}[options.tlsminversion]
+    context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
+    context.set_alpn_protocols(["ftp"])
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    ciphers = options.tlsciphersuite or ""
+    while ciphers[:3] in ("-C:", "-S:"):
+        if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(certificate)
+        ciphers = ciphers[3:]
+    if ciphers:
+        context.set_ciphers(ciphers)
+    return context
+
+
+def certificate_end(ssl: Any, pem: str) -> "float | None":
+    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1)."""
+    start = pem.find("-----BEGIN CERTIFICATE-----")
+    end = pem.find("-----END CERTIFICATE-----", start)
+    try:
+        der = ssl.PEM_cert_to_DER_cert(pem[start:end] + "-----END CERTIFICATE-----\n")
+        body = der_items(der_items(der_items(der)[0][1])[0][1])         # Certificate, TBSCertificate
+        fields = body[1:] if body[0][0] == 0xA0 else body               # the version is optional
+        kind, text = der_items(fields[3][1])[1]                         # Validity: notBefore, notAfter
+        century = b"" if kind == 24 else b"20" if text[:1] < b"5" else b"19"
+        return stamp_parse(century + text.rstrip(b"Z"))
+    except (ValueError, IndexError):
+        return None
+
+
+def der_items(data: bytes) -> "list[tuple[int, bytes]]":
+    """(tag, content) of each item in DER. Raises IndexError for what is cut off."""
+    items, at = [], 0
+    while at < len(data):
+        tag, length, at = data[at], data[at + 1], at + 2
+        if length & 128:
+            count = length & 127
+            length, at = int.from_bytes(data[at:at + count], "big"), at + count
+        items.append((tag, data[at:at + length]))
+        at += length
+    return items
+
+
+def certificate_make(options: Any, log: Log) -> None:
+    """--tlsselfsigned: a self-signed certificate where there is none. Raises ConfigError."""
+    import subprocess
+    certificate, key = options.certfile
+    if os.path.exists(certificate):
+        return
+    host = socket.gethostname() or "localhost"
+    mask = os.umask(0o077)
+    try:
+        os.makedirs(os.path.dirname(certificate), 0o755, exist_ok=True)
+        made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650", "-subj", "/CN=" + host[:64],
+                               "-addext", "subjectAltName=DNS:" + host, "-keyout", key, "-out", certificate + ".new"],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        if made.returncode:
+            raise ConfigError("--tlsselfsigned: openssl failed: " + made.stderr.decode("utf-8", "replace").strip()[-200:])
+        if key == certificate:                          # openssl wrote the key there: the certificate follows it
+            with open(certificate, "ab") as file, open(certificate + ".new", "rb") as fresh:
+                file.write(fresh.read())
+            os.unlink(certificate + ".new")
+        else:
+            os.rename(certificate + ".new", certificate)
+    except FileNotFoundError:
+        raise ConfigError("--tlsselfsigned: there is no openssl(1) here: install it, or give a certificate with -2") from None
+    except OSError as error:
+        raise ConfigError(f"--tlsselfsigned: {certificate}: {error.strerror}") from None
+    finally:
+        os.umask(mask)
+    log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
+
+
+def hello_name(data: bytes) -> "bytes | None":
+    """The host name in the start of a ClientHello; b"" for none, None when more bytes are needed (RFC 8446 4.1.2, RFC 6066 3).
+
+    SERVER looks at it to choose a certificate. What it cannot understand it leaves to OpenSSL.
+    """
+    if len(data) < 5:
+        return None
+    length = int.from_bytes(data[3:5], "big")
+    if data[0] != 22 or length > 16384:
+        return b""
+    if len(data) < 5 + length:
+        return None
+    try:
+        rest = data[5 + 4 + 2 + 32:5 + length]                          # behind type, length, version, random
+        rest = rest[1 + rest[0]:]                                       # session id
+        rest = rest[2 + int.from_bytes(rest[:2], "big"):]               # cipher suites
+        rest = rest[1 + rest[0]:][2:]                                   # compression methods; length of the extensions
+        while rest:
+            kind, size = int.from_bytes(rest[:2], "big"), int.from_bytes(rest[2:4], "big")
+            if kind == 0:
+                name = rest[4 + 5:4 + 5 + int.from_bytes(rest[7:9], "big")].lower()
+                return name if len(name) < 254 and NAME_IN_CERTIFICATES.issuperset(name) else b""
+            rest = rest[4 + size:]
+    except IndexError:
+        pass
+    return b""
+
+
+class TlsStream(Stream):
+    """A data connection under TLS (PROT P)."""
+
+    spliced = False
+
+    def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
+                 progress: "Callable[[int], None] | None", context: Any, loose: bool) -> None:
+        """Does the handshake. Raises DataLost when it fails."""
+        import ssl
+        super().__init__(sock, attention, rate, idle, progress)
+        self.ssl, self.loose = ssl, loose
+        self.ended: "Exception | None" = None
+        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+        self.idle, idle = HANDSHAKE_SECONDS, self.idle
+        try:
+            self.patiently(self.sock.do_handshake)
+        except (OSError, ValueError) as error:
+            raise DataLost("the TLS handshake failed: " + tls_reason(error)) from None
+        self.idle = idle
+        self.started = time.monotonic()
+
+    def patiently(self, action: "Callable[..., Any]", *args: Any) -> Any:
+        """action(*args), again whenever OpenSSL has to read or write first: with the same arguments, as it demands."""
+        while True:
+            try:
+                return action(*args)
+            except self.ssl.SSLWantReadError:
+                self.wait_readable()
+            except self.ssl.SSLWantWriteError:
+                self.wait_writable()
+
+    def send_some(self, data: "bytes | memoryview") -> int:
+        try:
+            return self.patiently(self.sock.send, data[:TLS_CHUNK])
+        except self.ssl.SSLError as error:
+            raise DataLost(tls_reason(error)) from None
+
+    def send_file(self, fd: int, offset: int, end: int) -> None:
+        """Through one buffer. An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file."""
+        buffer = memoryview(bytearray(TLS_CHUNK))
+        while offset < end:
+            count = os.preadv(fd, [buffer[:end - offset] if end - offset < TLS_CHUNK else buffer], offset)
+            if not count:
+                return
+            self.send(buffer[:count])
+            offset += count
+            self.attention.check_abort()
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """As many records as have come and fit: OpenSSL hands them over one by one, and files like larger pieces."""
+        if self.ended is not None:
+            raise self.ended
+        filled = 0
+        try:
+            while filled < len(buffer):
+                count = self.sock.recv_into(buffer[filled:])
+                if not count:
+                    break
+                filled += count
+        except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
+            if not filled:
+                raise BlockingIOError(errno.EAGAIN, "") from None
+        except OSError as error:
+            self.ended = self.end_of(error)
+            if not filled:
+                if self.ended is None:
+                    return 0
+                raise self.ended from None
+        return filled
+
+    def end_of(self, error: OSError) -> "Exception | None":
+        """What an error at the end of the data means; None when it is as good as a proper end (TLSLooseClose)."""
+        ragged = isinstance(error, self.ssl.SSLEOFError)
+        if ragged and self.loose:
+            return None
+        return DataLost("closed without close_notify, so what came may not be all" if ragged else tls_reason(error))
+
+    def finish_sending(self) -> None:
+        self.goodbye()
+
+    def goodbye(self) -> None:
+        """Send close_notify, and wait a little for the other one: then the client has read everything."""
+        self.idle = GOODBYE_SECONDS
+        try:
+            self.patiently(self.sock.unwrap)
+        except (OSError, ValueError, TimedOut):
+            pass                                        # it closed without a word, or does not answer: ours was sent
+
+    def close(self) -> None:
+        if self.ended is None and self.moved:
+            try:
+                self.sock.unwrap()
+            except (OSError, ValueError):
+                pass                                    # one try: whoever breaks off does not wait
+        self.sock.close()
+
+# ==== TLS process: one client's handshake, login and relay ========================================
+# What SERVER is for everybody, TlsDoor is for the one client that said AUTH TLS: its Visitor asks it for the same things. After the
+# login it is the relay: what OpenSSL decrypts goes to the session's socket and back. It ends when the session does.
+#
+# CCC (RFC 4217 section 12.3) is told by the session with a descriptor beside the reply that is the last one under TLS.
+
+
+class TlsDoor:
+    """One client of a TLS process."""
+
+    def __init__(self, options: Any, log: Log, sock: socket.socket, channel: socket.socket, context: Any, negotiated: Negotiated,
+                 peer: Peer, implicit: bool) -> None:
+        import ssl
+        self.ssl, self.options, self.log, self.channel, self.implicit = ssl, options, log, channel, implicit
+        sock.setblocking(False)
+        channel.setblocking(False)
+        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+        self.encrypted = True
+        self.visitor = Visitor(self, self.sock, peer._replace(encrypted=True), options, log, negotiated)
+        self.poller = select.poll()
+        self.poller.register(self.sock, select.POLLIN)
+        self.poller.register(channel, select.POLLIN)
+        self.relay: "socket.socket | None" = None           # our end of what becomes the session's control connection
+        self.admitted = False
+        self.last_id = 0
+        self.since = time.monotonic()
+        self.timer: "tuple[float, Callable[[], None]] | None" = None
+
+    def run(self) -> None:
+        try:
+            self.handshake()
+            if self.implicit:
+                self.visitor.reply(220, Greeting(self.options).text(0, self.visitor.peer.local_port))
+            while not self.admitted:
+                self.round()
+            self.pass_on()
+        except Hangup as end:
+            self.goodbye(end)
+
+    # -- OpenSSL -------------------------------------------------------------------------------------
+
+    def patiently(self, action: "Callable[..., Any]", *args: Any, seconds: float = HANDSHAKE_SECONDS) -> Any:
+        """action(*args), again whenever OpenSSL has to read or write first. Raises Hangup when that takes too long."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return action(*args)
+            except self.ssl.SSLWantReadError:
+                self.wait_for(select.POLLIN, deadline)
+            except self.ssl.SSLWantWriteError:
+                self.wait_for(select.POLLOUT, deadline)
+
+    def wait_for(self, events: int, deadline: float) -> None:
+        poller = select.poll()
+        poller.register(self.sock, events)
+        if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
+            raise Hangup()
+
+    def handshake(self) -> None:
+        try:
+            self.patiently(self.sock.do_handshake)
+        except (OSError, ValueError) as error:
+            self.log.warning("TLS handshake failed: " + tls_reason(error))
+            raise Hangup() from None
+        self.log.info("TLS: %s with %s" % (self.sock.version(), (self.sock.cipher() or ("?",))[0]))
+
+    def receive(self) -> "bytes | None":
+        """What the client has sent; None for nothing yet. Raises Hangup at its end."""
+        try:
+            data = self.sock.recv(RELAY_READ) if self.encrypted else self.sock.recv(RELAY_READ, socket.MSG_DONTWAIT)
+        except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError, BlockingIOError):
+            return None
+        except OSError:
+            data = b""
+        if not data:
+            raise Hangup()
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Send all of it. Raises Hangup when the client does not take it."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[self.patiently(self.sock.send, view, seconds=SEND_SECONDS):]
+        except BlockingIOError:                             # in the clear, after CCC
+            self.wait_for(select.POLLOUT, time.monotonic() + SEND_SECONDS)
+            self.send(bytes(view))
+        except OSError:
+            raise Hangup() from None
+
+    def goodbye(self, end: Hangup) -> None:
+        """Say what there is to say, then close_notify, and wait a little for the client's."""
+        try:
+            if end.args:
+                self.send(reply_bytes(*end.args))
+            if self.encrypted:
+                self.patiently(self.sock.unwrap, seconds=GOODBYE_SECONDS)
+        except (Hangup, OSError, ValueError):
+            pass                                            # it is gone already
+        self.sock.close()
+
+    # -- what the visitor asks of its door -----------------------------------------------------------
+
+    def flush(self, visitor: Visitor) -> None:
+        output, visitor.output = visitor.output, b""
+        self.send(output)
+
+    def progress(self, visitor: Visitor) -> None:
+        self.since = time.monotonic()
+
+    def start_tls(self, visitor: Visitor) -> Any:
+        raise Refuse(503, "TLS is on already")
+
+    def begin_login(self, visitor: Visitor, user: bytes, password: bytes) -> None:
+        """Have the credentials checked; the session will get the other end of the relay."""
+        self.last_id += 1
+        if self.relay is not None:
+            self.relay.close()
+        self.relay, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self.channel, [visitor.login_request(self.last_id, user, password)], [theirs.fileno()])
+            except OSError:
+                raise Hangup(*LOGIN_LINES[VERDICT_BROKEN]) from None
+
+    # -- before the login ----------------------------------------------------------------------------
+
+    def round(self) -> None:
+        """Wait for something and do what it asks for."""
+        now = time.monotonic()
+        due = self.since + LOGIN_SECONDS if self.timer is None else self.timer[0]
+        for fd, _ in self.poller.poll(max(0.0, due - now) * 1000):
+            if fd == self.channel.fileno():
+                self.on_channel()
+            elif not self.visitor.parked:
+                self.listen()
+        now = time.monotonic()
+        if self.timer is not None and now >= self.timer[0]:
+            action, self.timer = self.timer[1], None
+            action()
+        elif self.timer is None and not self.visitor.parked and now >= self.since + LOGIN_SECONDS:
+            raise Hangup(421, "Timeout: nobody logged in, goodbye")
+        self.poller.modify(self.sock, 0 if self.visitor.parked else select.POLLIN)
+
+    def listen(self) -> None:
+        data = self.receive()
+        while data is not None:                             # OpenSSL may hold more than the kernel tells of
+            self.visitor.input.feed(data)
+            self.visitor.run_lines()
+            data = None if self.visitor.parked else self.receive()
+
+    def on_channel(self) -> None:
+        """The verdict on a login, or the server's end."""
+        message = self.channel.recv(MESSAGE_MAX)
+        try:
+            if not message or message[0] == STOP:
+                raise Hangup(421, "The server is shutting down, goodbye")
+            kind, number, verdict = numbered_parse(message)
+        except MessageError as error:
+            self.log.error("TLS cannot understand PRIV: %s" % error)
+            raise Hangup() from None
+        if number != self.last_id or not self.visitor.parked or self.timer is not None:
+            return
+        if kind == VERDICT and verdict == VERDICT_IN:
+            self.admitted = True
+        elif kind in (VERDICT, ENDED):
+            verdict = verdict if kind == VERDICT else VERDICT_BROKEN
+            self.timer = time.monotonic() + self.visitor.refused(verdict), lambda: self.refused_now(verdict)
+
+    def refused_now(self, verdict: int) -> None:
+        self.progress(self.visitor)
+        self.visitor.refused_now(verdict)
+
+    # -- after it ------------------------------------------------------------------------------------
+
+    def pass_on(self) -> None:
+        """Relay between the client and the session, until the session ends."""
+        assert self.relay is not None
+        relay = self.relay
+        process_title("pure-ftpd (TLS relay)")
+        self.poller = select.poll()
+        self.poller.register(self.sock, select.POLLIN)
+        self.poller.register(relay, select.POLLIN)
+        while True:
+            for fd, _ in self.poller.poll():
+                if fd == relay.fileno():
+                    self.from_session(relay)
+                else:
+                    self.from_client(relay)
+
+    def from_client(self, relay: socket.socket) -> None:
+        try:
+            data = self.receive()
+            while data is not None:
+                relay.sendall(data)
+                data = self.receive()
+        except (Hangup, OSError):                           # the session finds out, and may have more to say
+            self.poller.unregister(self.sock)
+            try:
+                relay.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass
+
+    def from_session(self, relay: socket.socket) -> None:
+        data, fds, _, _ = socket.recv_fds(relay, RELAY_READ, 1)
+        for fd in fds:
+            os.close(fd)
+        if not data:
+            raise Hangup()
+        self.send(data)
+        if fds:
+            self.clear_command_channel()
+
+    def clear_command_channel(self) -> None:
+        try:
+            self.sock = self.patiently(self.sock.unwrap, seconds=GOODBYE_SECONDS)
+        except (OSError, ValueError):
+            raise Hangup() from None
+        self.encrypted = False
 
 # ==== Privilege separation: everything that may run as root =======================================
 # Please read this section with suspicion. The processes, and what each may be asked:
@@ -7580,6 +8255,7 @@ PRIVSEP_USERS = ("_pure-ftpd", "pure-ftpd", "nobody")
 DATA_PORTS = (20, 2, 3, 4, 5, 6, 10, 14, 16, 0)     # source ports of active connections, as the original's list; 0: any
 LOGIN_CHECKS = 16                   # credentials that are checked at once; more logins wait in line
 LOGIN_CHECK_SECONDS = 60            # a check that takes longer is ended (a back end hangs)
+LOGIN_EXIT = 10                     # exit status of a login child that let nobody in: this and the VERDICT_*
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
 NAME_SECONDS = 5                    # for the name of a client's address
@@ -7836,6 +8512,7 @@ class Setup(NamedTuple):
     statedir: str
     empty: bytes                        # the directory SERVER and TLS are caged in
     aliases: "dict[bytes, bytes]"
+    certificates: "Certificates | None" # with -Y
     own: "OwnFiles | None"              # without root: the server's own files
     anonymous_root: bytes               # without root: what anonymous users get
 
@@ -7848,6 +8525,7 @@ class Check(NamedTuple):
     peer: Peer
     asker: socket.socket                # PRIV's end of the channel of SERVER or TLS: where VERDICT goes
     tls: Any                            # the SSLContext of the client, None in the clear
+    consultation: int = 0               # SERVER's permission, for a client behind a TLS process
 
 
 def login_account(setup: Setup, request: LoginRequest, peer: Peer) -> Account:
@@ -7871,11 +8549,14 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
     try:
         privsep_priv_user(privileges)
         request = login_parse(check.message)
+        check = check._replace(peer=check.peer._replace(sni=request.negotiated.sni.decode("ascii", "replace")))
         shown = printable(request.user) or "anonymous"
         try:
             account = login_account(setup, request, check.peer)
         except Refused as refusal:
             log.warning("Authentication failed for user [%s] [%s]" % (shown, refusal))
+            transferlog_event(transferlogs_open(setup.options.altlog, log), "refusal", request.user, check.peer.address,
+                              time.time(), reason=str(refusal))
             verdict = VERDICT_WRONG
         else:
             entry = enter(setup, check, account, request, channel)
@@ -7889,7 +8570,7 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
         log.error("bug: " + traceback_text())
     check.asker.send(NUMBERED.pack(VERDICT, check.number, verdict))
     if entry is None:
-        os._exit(1)
+        os._exit(LOGIN_EXIT + verdict)
     os.close(check.asker.fileno())
     signal.alarm(0)
     channel.send(PLAIN.pack(ADMITTED, 0))
@@ -7920,7 +8601,7 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     if not scoreboard_admit(setup.statedir, board, account.name, limit):
         raise Overcrowded("%d sessions of this account are open already" % (limit or 0))
     logs = transferlogs_open(options.altlog, log)
-    pipe = uploadpipe_open(setup.statedir) if options.uploadscript else None
+    pipe = uploadpipe_or_none(setup) if options.uploadscript else None
     system = account.backend in ("unix", "pam")
     names = listing_names(account.uid, (account.gid,), home.locked, system)
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
@@ -7930,6 +8611,15 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     return Entry(account, peer, tree, control, channel, request.negotiated, request.pending, root, home.start, home.locked,
                  home.trusted, host, names, setup.aliases, board, logs, pipe, check.tls, time.localtime().tm_gmtoff, load,
                  rules, system_home)
+
+
+def uploadpipe_or_none(setup: Setup) -> "UploadPipe | None":
+    """What announces uploads. Without it the upload script is not called, which the log tells, and users work on."""
+    try:
+        return uploadpipe_open(setup.statedir)
+    except ConfigError as error:
+        setup.log.error("the upload script will not be called: %s" % error)
+        return None
 
 
 def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
@@ -8018,14 +8708,18 @@ class Child:
         self.pid, self.state, self.channel = pid, state, channel
         self.number = number                    # the id of the LOGIN or STARTTLS it was forked for
         self.peer, self.asker, self.tls = peer, asker, tls
+        self.consultation = 0                   # under which number SERVER permitted the login, 0 when it was not asked
 
 
 class Monitor:
     """PRIV's loop."""
 
-    def __init__(self, setup: Setup, argv: "list[str]", listeners: "list[socket.socket]", inetd: "socket.socket | None" = None) -> None:
+    def __init__(self, setup: Setup, argv: "list[str]", listeners: "list[Listener]",
+                 inetd: "socket.socket | None" = None) -> None:
         self.setup, self.argv, self.listeners, self.inetd = setup, argv, listeners, inetd
         self.children: "dict[int, Child]" = {}
+        self.consulting: "dict[int, tuple[Check, Child]]" = {}  # by our number: logins of TLS clients that SERVER must permit
+        self.consultations = 0
         self.waiting: "deque[tuple[Check, Child]]" = deque()    # logins for which there is no child yet
         self.checks = 0                                         # children that check credentials now
         self.server: "Child | None" = None                      # the SERVER that accepts; others drain
@@ -8093,7 +8787,7 @@ class Monitor:
         self.stop_at = time.monotonic() + STOP_SECONDS + 1
         self.restart_at = None
         for listener in self.listeners:
-            listener.close()
+            listener.sock.close()
         self.listeners = []
         for check, _ in self.waiting:
             os.close(check.client)
@@ -8146,10 +8840,12 @@ class Monitor:
                     if child.peer and (child.state == STATE_TLS or child.asker and child.asker.state == STATE_SERVER)}
         self.server_started = time.monotonic()
         self.server = self.fork(STATE_SERVER, lambda channel: self.server_child(channel, sessions))
+        for number, (check, _) in self.consulting.items():
+            self.tell(self.server, consult_message(number, check.peer.address))
 
     def server_child(self, channel: socket.socket, sessions: "dict[int, str]") -> None:
         setup = self.setup
-        keep = [channel.fileno()] + [listener.fileno() for listener in self.listeners]
+        keep = [channel.fileno()] + [listener.sock.fileno() for listener in self.listeners]
         keep += [setup.log.socket.fileno()] if setup.log.socket else []
         keep += [self.inetd.fileno()] if self.inetd else []
         close_others(keep)
@@ -8183,14 +8879,15 @@ class Monitor:
         if child.state in (STATE_LOGIN, STATE_SESSION):
             root_scoreboard_remove(self.setup.privileges, self.setup.statedir, child.pid)
         if child.state == STATE_LOGIN:
+            verdict = os.WEXITSTATUS(status) - LOGIN_EXIT if os.WIFEXITED(status) else VERDICT_BROKEN
+            self.consulted(child, verdict)
             self.check_done()
         ended = NUMBERED.pack(ENDED, child.number, 0)
-        if child.asker is not None and child.asker.state == STATE_TLS and child.state == STATE_LOGIN:
-            self.tell(child.asker, ended)
+        if child.asker is not None and child.asker.state == STATE_TLS:
+            if child.state == STATE_LOGIN:
+                self.tell(child.asker, ended)
         elif child.state != STATE_SERVER:
-            for other in self.children.values():
-                if other.state == STATE_SERVER:
-                    self.tell(other, ended)
+            self.tell_servers(ended)
         if child is self.server:
             self.server_gone()
 
@@ -8207,6 +8904,11 @@ class Monitor:
                 return
             self.setup.log.error("SERVER is gone, starting it again")
             self.restart_at = max(now, self.server_started + SERVER_RESTART_SECONDS)
+
+    def tell_servers(self, message: bytes) -> None:
+        for child in self.children.values():
+            if child.state == STATE_SERVER:
+                self.tell(child, message)
 
     def drop_channel(self, child: Child) -> None:
         if child.channel.fileno() >= 0:
@@ -8245,12 +8947,41 @@ class Monitor:
         if len(fds) != 1:
             raise MessageError("LOGIN without a socket")
         peer = child.peer or peer_of(fds[0])
-        if len(self.waiting) > self.setup.options.maxclientsnumber:
+        if len(self.waiting) + len(self.consulting) > self.setup.options.maxclientsnumber:
             os.close(fds.pop())
             self.tell(child, NUMBERED.pack(VERDICT, number, VERDICT_BROKEN))
             return
-        self.waiting.append((Check(number, message, fds.pop(), peer, child.channel, child.tls), child))
-        self.next_check()
+        login = Check(number, message, fds.pop(), peer, child.channel, child.tls), child
+        if child.state == STATE_TLS:
+            self.consult(*login)
+        else:
+            self.waiting.append(login)
+            self.next_check()
+
+    def consult(self, check: Check, asker: Child) -> None:
+        """SERVER, where the tries of all clients are counted, decides when this one's password may be checked."""
+        self.consultations = self.consultations % 0xFFFFFFFF + 1
+        self.consulting[self.consultations] = check, asker
+        if self.server is not None:
+            self.tell(self.server, consult_message(self.consultations, check.peer.address))
+
+    def on_granted(self, child: Child, message: bytes, fds: "list[int]") -> None:
+        _, number, refused = numbered_parse(message)
+        check, asker = self.consulting.pop(number, (None, None))
+        if check is None or asker is None:
+            return
+        if refused:
+            os.close(check.client)
+            self.tell(asker, NUMBERED.pack(VERDICT, check.number, VERDICT_WRONG))
+        else:
+            self.waiting.append((check._replace(consultation=number), asker))
+            self.next_check()
+
+    def consulted(self, child: Child, verdict: int) -> None:
+        """Tell SERVER how a login ended that it has permitted."""
+        if child.consultation:
+            self.tell_servers(NUMBERED.pack(OUTCOME, child.consultation, min(max(verdict, 0), VERDICT_LIMIT)))
+            child.consultation = 0
 
     def next_check(self) -> None:
         """Fork children for those who wait, as many as may be at work at once."""
@@ -8258,8 +8989,9 @@ class Monitor:
             check, asker = self.waiting.popleft()
             try:
                 if asker.channel.fileno() >= 0:
-                    self.fork(STATE_LOGIN, lambda channel: login_child(self.setup, check, channel),
-                              number=check.number, peer=check.peer, asker=asker)
+                    child = self.fork(STATE_LOGIN, lambda channel: login_child(self.setup, check, channel),
+                                      number=check.number, peer=check.peer, asker=asker)
+                    child.consultation = check.consultation
                     self.checks += 1
             except OSError as error:
                 self.setup.log.error("cannot fork: %s" % error.strerror)
@@ -8274,7 +9006,35 @@ class Monitor:
     def on_admitted(self, child: Child, message: bytes, fds: "list[int]") -> None:
         plain_parse(message)
         child.state = STATE_SESSION
+        self.consulted(child, VERDICT_IN)
         self.check_done()
+
+    def on_starttls(self, child: Child, message: bytes, fds: "list[int]") -> None:
+        """A client of SERVER wants TLS: it gets a process, and an SSLContext, of its own."""
+        number, negotiated = starttls_parse(message)
+        if len(fds) != 1 or self.setup.certificates is None:
+            raise MessageError("STARTTLS without a socket, or without TLS")
+        client, peer = fds.pop(), None
+        try:
+            peer = peer_of(client)._replace(encrypted=True)
+            with as_root(self.setup.privileges):
+                context = self.setup.certificates.context(negotiated.sni)
+            self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
+                      number=number, peer=peer, asker=child, tls=context)
+        except (OSError, MessageError) as error:
+            self.setup.log.error("no TLS for %s: %s" % (peer.address if peer else "a client", error))
+            self.tell(child, NUMBERED.pack(ENDED, number, 0))
+        finally:
+            os.close(client)
+
+    def tls_child(self, channel: socket.socket, client: int, context: Any, negotiated: Negotiated, peer: Peer) -> None:
+        setup = self.setup
+        close_others([channel.fileno(), client] + ([setup.log.socket.fileno()] if setup.log.socket else []))
+        setup.log.who = "?@" + peer.address
+        privsep_priv_user(setup.privileges)
+        cage(setup.privileges, setup.empty, setup.log)
+        TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, context, negotiated, peer,
+                negotiated.implicit).run()
 
     def on_bindresport(self, child: Child, message: bytes, fds: "list[int]") -> None:
         _, family = plain_parse(message)
@@ -8303,16 +9063,16 @@ class Monitor:
             with as_root(self.setup.privileges):
                 os.chdir(self.directory)
                 options = options_read(self.argv)
-                kept, fresh = listeners_renew(options, self.listeners)
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
+                listeners = listeners_renew(options, self.listeners)
         except ConfigError as error:
             log.error("The old configuration stays: %s" % error)
         else:
             old, self.setup = self.server, setup
             for listener in self.listeners:
-                if listener not in kept:
-                    listener.close()
-            self.listeners = kept + fresh
+                if listener not in listeners:
+                    listener.sock.close()
+            self.listeners = listeners
             self.start_server()
             if old is not None:
                 self.tell(old, PLAIN.pack(DRAIN, 0))
@@ -8322,6 +9082,9 @@ class Monitor:
 
 MONITOR_ANSWERS = {
     (STATE_SERVER, LOGIN): Monitor.on_login,
+    (STATE_SERVER, STARTTLS): Monitor.on_starttls,
+    (STATE_SERVER, GRANTED): Monitor.on_granted,
+    (STATE_TLS, LOGIN): Monitor.on_login,
     (STATE_LOGIN, ADMITTED): Monitor.on_admitted,
     (STATE_SESSION, BINDRESPORT): Monitor.on_bindresport,
     (STATE_SESSION, REMOVEFTPWHOENTRY): Monitor.on_removeftpwhoentry,
@@ -8350,7 +9113,7 @@ def notify_systemd(state: str) -> None:
     except OSError:
         pass
 
-# ==== pw: virtual users ============================================================================
+# ==== pw: virtual users ===========================================================================
 # pure-pw(8): the file of virtual users, and the PureDB made from it. The file is text, one user a line, 18 fields
 # (see PureDB above); other users' lines, comments and what cannot be understood are kept byte for byte. An option
 # that sets a field is parsed into the text that the field then has: "" empties it, None leaves it as it is.
@@ -8521,6 +9284,8 @@ def pw_ask(prompt: str) -> bytes:
         try:
             termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
             line = pw_ask_aloud(prompt)
+        except KeyboardInterrupt:
+            raise PwError(PW_NO_PASSWORD, "interrupted") from None
         finally:
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
     else:
@@ -8816,17 +9581,19 @@ def tool_pw(argv: "list[str]") -> int:
     return 0
 
 # ==== quotacheck: pure-quotacheck =================================================================
-# Counts what is in the directory of an account and writes its .ftpquota, when it got lost or somebody changed files behind the
-# server's back. The tree belongs to somebody who may want to be counted short, or to have a file elsewhere counted, opened or
-# chmod-ed by root, and who can change it meanwhile. So root enters the directory, makes it the root directory, and becomes
-# the user for good, before anything in it is looked at. And, because an ordinary user cannot chroot and because a directory
-# that is moved out of a chroot is a way out of it, no path is ever walked by the kernel: directories are opened by
-# name relative to their parent's descriptor, with O_NOFOLLOW; links, which count as what they lead to if that is inside, are
-# followed by WalkedTree. What was swapped meanwhile is opened as what it is now, or not at all.
+# Counts what is in the directory of an account and writes its .ftpquota, when it got lost or somebody changed files
+# behind the server's back. The tree belongs to somebody who may want to be counted short, or to have a file elsewhere
+# counted, opened or chmod-ed by root, and who can change it meanwhile. So root enters the directory, makes it the
+# root directory, and becomes the user for good, before anything in it is looked at. And, because an ordinary user
+# cannot chroot and because a directory that is moved out of a chroot is a way out of it, no path is ever walked by
+# the kernel: directories are opened by name relative to their parent's descriptor, with O_NOFOLLOW; links, which
+# count as what they lead to if that is inside, are followed by WalkedTree. What was swapped meanwhile is opened as
+# what it is now, or not at all.
 #
-# Counted: regular files and directories, once for every name; a directory that several names or links lead to once, told by
-# device and inode, so that no loop lasts. Not counted: what is no file, any .ftpquota, and what the user may not see.
-# What cannot be seen for another reason (no descriptors left, a disk error) ends the count: too low a number is not written.
+# Counted: regular files and directories, once for every name; a directory that several names or links lead to once,
+# told by device and inode, so that no loop lasts. Not counted: what is no file, any .ftpquota, and what the user may
+# not see. What cannot be seen for another reason (no descriptors left, a disk error) ends the count: too low a number
+# is not written.
 
 QUOTACHECK_USAGE, QUOTACHECK_ACCOUNT, QUOTACHECK_ENTER, QUOTACHECK_WALK, QUOTACHECK_WRITE = 255, 254, 253, 252, 251
 QUOTACHECK_DESCRIPTORS = 1 << 20        # wanted: one for every level of the tree
@@ -8901,7 +9668,7 @@ class QuotaWalk:
         self.enter(fd, name)
 
     def unlock(self, at: int, name: bytes) -> None:
-        """Give the user's own directory r-x for its owner. Without O_PATH and /proc there is no way that cannot be diverted."""
+        """Give the user's own directory r-x for its owner. Only O_PATH and /proc make this a way nobody can divert."""
         if self.proc is None:
             return
         fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
@@ -8925,7 +9692,7 @@ class QuotaWalk:
             self.enter(self.tree.open(path, os.O_RDONLY | os.O_DIRECTORY), name)
 
     def enter(self, fd: int, name: bytes) -> None:
-        """Count the directory `fd`, which is closed in the end, with the files in it; what else is in it is left to do."""
+        """Count the directory `fd`, which is closed in the end, and the files in it; what else it holds is left to do."""
         st = os.fstat(fd)
         if (st.st_dev, st.st_ino) in self.seen:
             os.close(fd)
@@ -9158,7 +9925,8 @@ def tool_quotacheck(argv: "list[str]") -> int:
         for row in QUOTACHECK_OPTIONS[1:]:
             if sum(g.row is row for g in given) > 1:
                 raise QuotacheckError(f"-{row.short} was given twice", QUOTACHECK_USAGE)
-        if rest or (options.all is None) == (options.directory is None) or options.all and (options.user or options.group):
+        single = (options.directory, options.user, options.group)
+        if rest or (options.directory is None if options.all is None else any(single)):
             raise QuotacheckError("either -d with -u, or --all alone is needed", QUOTACHECK_USAGE)
         if options.all is not None:
             if os.geteuid():
@@ -9561,11 +10329,11 @@ UPLOADSCRIPT_OPTIONS = (
     Option("B", "Daemonize", "",        flag,     False, "Run in the background"),
     Option("g", "GID",       "gid",     whole(0), None,  "Run the program with this group [the primary group of -u]"),
     Option("h", "Help",      "",        flag,     False, "Show this help and exit"),
-    Option("p", "PidFile",   "file",    str,      None,  "Write the process id there [pure-uploadscript.pid in /var/run]"),
+    Option("p", "PidFile",   "file",    str,      None,  "Write the process id there [/var/run/pure-uploadscript.pid]"),
     Option("r", "Run",       "program", str,      None,  "The program to run for each upload (an absolute path)"),
     Option("u", "UID",       "uid",     whole(0), None,  "Run the program as this user [the one who started this]"),
     Option("",  "StateDir",  "dir",     str,      None,  "The server's StateDir [the one it uses by default]"),
-    Option("",  "Timeout",   "seconds", whole(0), 60,    "How long a program may keep the next one waiting; 0: for ever [60]"),
+    Option("",  "Timeout",   "seconds", whole(0), 60,    "How long a program may hold up the next; 0: for ever [60]"),
 )
 # fmt: on
 
@@ -9578,7 +10346,7 @@ class UploadscriptPlan(NamedTuple):
     pidfile: str
     identity: "tuple[int, int] | None"      # (uid, gid) to become
     timeout: "int | None"                   # seconds
-    daemonize: bool
+    background: bool
 
 
 def uploadscript_plan(options: Options) -> UploadscriptPlan:
@@ -9800,7 +10568,7 @@ def tool_uploadscript(argv: "list[str]") -> int:
         if rest:
             raise ConfigError(f"{rest[0]}: uploadscript takes no arguments")
         plan = uploadscript_plan(options)
-        if plan.daemonize:
+        if plan.background:
             uploadscript_daemonize()
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, lambda *_: sys.exit(0))
@@ -10132,7 +10900,7 @@ def tool_authd(argv: "list[str]") -> int:
         return 255
     return 0
 
-# ==== pwconvert: system users to virtual users =====================================================
+# ==== pwconvert: system users to virtual users ====================================================
 # pure-pwconvert(8): a line of the file of virtual users for each system user who may log in: neither uid nor gid is
 # 0, the home exists, and the shell is in /etc/shells or is "ftp". Password hashes come from shadow(5), for root only.
 
@@ -10262,20 +11030,21 @@ def options_complete(options: Any) -> None:
     options.statedir = options.statedir or statedir_default()
 
 
-def listening_addresses(options: Any) -> "list[tuple[int, tuple[Any, ...]]]":
-    """(family, address) of every socket that -S, -4 and -6 ask for. Raises ConfigError when a host is unknown."""
-    port_default = 2121 if os.geteuid() else 21
+def listening_addresses(options: Any) -> "list[tuple[int, tuple[Any, ...], bool]]":
+    """(family, address, implicit TLS) of every socket that -S, --tlsbind, -4 and -6 ask for. Raises ConfigError."""
     families = [family for family, off in ((socket.AF_INET, options.ipv6only), (socket.AF_INET6, options.ipv4only)) if not off]
-    found: "list[tuple[int, tuple[Any, ...]]]" = []
-    for host, port in options.bind or ((None, None),):
+    places = [(host, port, 2121 if os.geteuid() else 21, False) for host, port in options.bind or ((None, None),)]
+    places += [(host, port, 990, True) for host, port in options.tlsbind]
+    found: "list[tuple[int, tuple[Any, ...], bool]]" = []
+    for host, port, usual, implicit in places:
         before = len(found)
         for family in families:
             try:
-                info = socket.getaddrinfo(host and host.encode(), port_default if port is None else port, family,
+                info = socket.getaddrinfo(host and host.encode(), usual if port is None else port, family,
                                           socket.SOCK_STREAM, 0, socket.AI_PASSIVE)
             except OSError:
                 continue
-            found.append((family, info[0][4]))
+            found.append((family, info[0][4], implicit))
         if len(found) == before:
             raise ConfigError(f"-S {host}: no such address on this machine, or not of the family that -4 or -6 asks for")
     return found
@@ -10296,27 +11065,27 @@ def listener_open(family: int, address: "tuple[Any, ...]", options: Any) -> sock
     return sock
 
 
-def listeners_renew(options: Any, old: "list[socket.socket]") -> "tuple[list[socket.socket], list[socket.socket]]":
-    """(those of `old` that are still asked for, new ones). Raises ConfigError, and nothing has been opened then."""
+def listeners_renew(options: Any, old: "list[Listener]") -> "list[Listener]":
+    """What is to be listened on, with those of `old` that are still asked for. Raises ConfigError, and has opened nothing then."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        return (old, []) if old else ([], systemd_listeners())
-    before = {sock.getsockname()[:2]: sock for sock in old}
-    kept: "list[socket.socket]" = []
-    fresh: "list[socket.socket]" = []
-    for family, address in listening_addresses(options):
-        there = before.get(address[:2])
+        return old or systemd_listeners()
+    before = {listener[:3]: listener for listener in old}
+    listeners: "list[Listener]" = []
+    for family, address, implicit in listening_addresses(options):
+        there = before.get((family, address, implicit))
         try:
-            kept.append(there) if there else fresh.append(listener_open(family, address, options))
+            listeners.append(there or Listener(family, address, implicit, listener_open(family, address, options)))
         except OSError as error:
             if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 continue                                    # a machine without IPv6
-            for sock in fresh:
-                sock.close()
+            for listener in listeners:
+                if listener not in old:
+                    listener.sock.close()
             raise ConfigError("cannot listen on %s port %d: %s%s" % (
                 address[0], address[1], error.strerror, LISTEN_REMEDIES.get(error.errno or 0, ""))) from None
-    if not kept and not fresh:
+    if not listeners:
         raise ConfigError("there is no address to listen on: give one with -S")
-    return kept, fresh
+    return listeners
 
 
 LISTEN_REMEDIES = {
@@ -10325,7 +11094,7 @@ LISTEN_REMEDIES = {
 }
 
 
-def systemd_listeners() -> "list[socket.socket]":
+def systemd_listeners() -> "list[Listener]":
     """The sockets that systemd listens on for us (sd_listen_fds(3))."""
     count = int(os.environ.get("LISTEN_FDS", "0"))
     sockets = [socket.socket(fileno=fd) for fd in range(SYSTEMD_FIRST_FD, SYSTEMD_FIRST_FD + count)]
@@ -10333,7 +11102,7 @@ def systemd_listeners() -> "list[socket.socket]":
         os.set_inheritable(sock.fileno(), False)
     if not sockets:
         raise ConfigError("LISTEN_FDS is 0: systemd handed no socket over")
-    return sockets
+    return [Listener(sock.family, sock.getsockname(), False, sock) for sock in sockets]
 
 
 def inetd_client() -> "socket.socket | None":
@@ -10376,8 +11145,6 @@ def own_files(options: Any) -> OwnFiles:
 def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | None" = None) -> Setup:
     """Prepare all that children will need. Raises ConfigError."""
     options_complete(options)
-    if options.tls:
-        raise ConfigError("-Y %d: TLS is not available yet" % options.tls)
     statedir_prepare(options.statedir)
     empty = os.path.join(options.statedir, "empty")
     try:
@@ -10387,9 +11154,27 @@ def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | Non
     if not options.anonymousonly:
         authentication_preload(options, log)
     Greeting(options)
+    certificates = certificates_read(options, log)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()
-    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE), own, anonymous)
+    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE), certificates, own,
+                 anonymous)
+
+
+def certificates_read(options: Any, log: Log) -> "Certificates | None":
+    """The certificates that -Y needs; None without TLS. Raises ConfigError."""
+    if not options.tls:
+        if options.tlsbind:
+            raise ConfigError("--tlsbind: TLS is off; switch it on with -Y 1, 2 or 3")
+        return None
+    try:
+        import ssl
+    except ImportError:
+        raise ConfigError("-Y %d: this Python was built without OpenSSL (no ssl module)" % options.tls) from None
+    del ssl
+    if options.tlsselfsigned:
+        certificate_make(options, log)
+    return Certificates(options, log)
 
 
 def pidfile_write(path: str) -> None:
@@ -10427,17 +11212,17 @@ def descriptors_raise() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
-def announce(setup: Setup, listeners: "list[socket.socket]") -> None:
+def announce(setup: Setup, listeners: "list[Listener]") -> None:
     """Say where we listen; and without root and accounts, which is the first thing people try, what they have started."""
     options, log = setup.options, setup.log
-    for sock in listeners:
-        host, port = sock.getsockname()[:2]
-        log.info("Listening on %s port %d" % (host, port))
+    for listener in listeners:
+        host, port = listener.sock.getsockname()[:2]
+        log.info("Listening on %s port %d%s" % (host, port, " (TLS)" if listener.implicit else ""))
     if options.passiveportrange:
         log.info("%d clients at once, because -p has %d ports" % (
             options.maxclientsnumber, options.passiveportrange[1] - options.passiveportrange[0] + 1))
     if not setup.privileges.root and not options.login and not options.daemonize and listeners:
-        host, port = listeners[0].getsockname()[:2]
+        host, port = listeners[0].sock.getsockname()[:2]
         print("Serving %s, %s, to anyone who can reach %s port %d: ftp://%s/\n"
               "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -m, then -l puredb:FILE\n"
               "All options: --help    Stop: Ctrl-C" % (
@@ -10451,7 +11236,7 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
     inetd = inetd_client()
     log = Log(options.syslogfacility, options.logpid, options.verboselog)
     setup = setup_read(options, log, privileges)
-    listeners = [] if inetd else listeners_renew(options, [])[1]
+    listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
     title_area_prepare()
     descriptors_raise()
@@ -10471,7 +11256,7 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
             os.close(pipe)
 
 
-def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[socket.socket]", inetd: "socket.socket | None") -> int:
+def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[Listener]", inetd: "socket.socket | None") -> int:
     """Become PRIV: load all, close what is not needed, fork SERVER, drop root till it is needed. The exit status."""
     import fcntl
     import grp
