@@ -152,6 +152,7 @@ class LibC:
     """libc's functions, or `None` for `library` where ctypes or the symbols cannot be had."""
 
     def __init__(self) -> None:
+        self.titles: "dict[str, bytes]" = {}            # what process_title() writes for each
         self.title_area = (0, 0, 0)       # address of argv; its length; the length with environ; 0 where unknown
         try:
             import ctypes
@@ -202,8 +203,10 @@ def process_title(title: str) -> None:
     """
     address, arguments, length = libc.title_area
     if length:
-        text = title.encode()[:length - 1]
-        text += b"\0" * max(1, arguments - len(text))
+        text = libc.titles.get(title)
+        if text is None:
+            text = title.encode()[:length - 1]
+            text = libc.titles[title] = text + b"\0" * max(1, arguments - len(text))
         libc.ctypes.memmove(address, text, len(text))
 
 
@@ -1112,6 +1115,11 @@ class Log:
             except OSError:
                 sock.close()
         return None
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody reads what is written, so that it need not be put together."""
+        return self.facility == "none"
 
     def write(self, level: str, text: str) -> None:
         if self.facility == "none":
@@ -2999,7 +3007,7 @@ class Tree:
             return os.stat(name, dir_fd=at, follow_symlinks=self.kernel_follows)
 
     def lstat(self, path: bytes) -> os.stat_result:
-        with self.place(path, follow=False) as (at, name):
+        with self.place(path, follow=path[-1:] == b"/") as (at, name):
             return os.stat(name, dir_fd=at, follow_symlinks=False)
 
     def readlink(self, path: bytes) -> bytes:
@@ -3008,7 +3016,7 @@ class Tree:
 
     def open(self, path: bytes, flags: int, mode: int = 0o666) -> int:
         """A descriptor; never waits (FIFO). With O_NOFOLLOW in `flags` a final link raises ELOOP."""
-        follow = not flags & os.O_NOFOLLOW
+        follow = not flags & (os.O_NOFOLLOW | os.O_EXCL)
         with self.place(path, follow) as (at, name):
             if not self.kernel_follows:
                 flags |= os.O_NOFOLLOW
@@ -3019,19 +3027,6 @@ class Tree:
             os.close(fd)
             raise
         return fd
-
-    def scandir(self, path: bytes) -> Any:
-        """os.scandir() of a directory. Names are bytes or, where a descriptor was scanned, str as os.fsdecode() makes them."""
-        raise NotImplementedError
-
-    def entries(self, path: bytes) -> "Any":
-        """(name, lstat result) of each entry, in directory order; entries that vanish meanwhile are left out."""
-        with self.scandir(path) as listing:
-            for entry in listing:
-                try:
-                    yield os.fsencode(entry.name), entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
 
     def mkdir(self, path: bytes, mode: int) -> None:
         with self.place(path.rstrip(b"/") or path, follow=False) as (at, name):
@@ -3111,9 +3106,6 @@ class KernelTree(Tree):
     def open(self, path: bytes, flags: int, mode: int = 0o666) -> int:
         return os.open(path, flags | FILE_ALWAYS, mode)
 
-    def scandir(self, path: bytes) -> Any:
-        return os.scandir(path)
-
 
 class OwnFiles:
     """The server's own files, which a session without chroot must not reach: user database, keys, logs, its program ..."""
@@ -3169,17 +3161,24 @@ class WalkedTree(Tree):
                 os.close(fd)
 
     def place(self, path: bytes, follow: bool = True) -> Place:
-        fds, _, last = self.walk(path, follow)
+        fds, _, last = self.walk(path, follow, path.endswith(b"/."))
         for fd in fds[:-1]:
             os.close(fd)
-        return Place(fds[-1], last)
+        place = Place(fds[-1], last)
+        if path[-1:] == b"/":
+            self.check_directory(place, path)
+        return place
 
-    def scandir(self, path: bytes) -> Any:
-        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    @staticmethod
+    def check_directory(place: Place, path: bytes) -> None:
+        """Close `place` and raise NotADirectoryError when there is something else: a slash follows its name."""
         try:
-            return os.scandir(fd)               # works on a duplicate of its own
-        finally:
-            os.close(fd)
+            if stat.S_ISDIR(os.stat(place.name, dir_fd=place.at, follow_symlinks=False).st_mode):
+                return
+        except OSError:
+            return                              # nothing is there, which the caller's system call will tell
+        with place:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
     def walk(self, path: bytes, follow: bool, whole: bool = False) -> "tuple[list[int], list[bytes], bytes]":
         """Open every directory on the way: (their descriptors from the root on, their names, the last name).
@@ -3187,6 +3186,8 @@ class WalkedTree(Tree):
         The last name is what is left to look up in the last directory: b"." for the directory itself. With `whole` the last
         component is opened as a directory too. The caller closes the descriptors; on OSError there are none.
         """
+        if not path:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         rest = [part for part in path.split(b"/") if part not in (b"", b".")][::-1]
         if path[:1] != b"/":
             rest += self.cwd[::-1]
@@ -3219,7 +3220,7 @@ class WalkedTree(Tree):
                 fds.append(os.open(part, DIRECTORY_ONLY, dir_fd=fds[-1]))
                 names.append(part)
                 self.guard_directory(fds[-1], path)
-        except OSError:
+        except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
@@ -5605,7 +5606,7 @@ class DataPort:
                 continue
             sock.setblocking(False)
             self.listener = sock
-            return sock.getsockname()[1]
+            return port
         raise Refuse(425, "All passive ports are in use, try again later")
 
     def prepare(self, sock: socket.socket) -> None:
@@ -5658,6 +5659,8 @@ class DataPort:
                 sock.setblocking(False)
                 return sock
             sock.close()
+            if time.monotonic() > deadline:
+                raise TimedOut()
 
     def connect_to(self, target: "tuple[str, int]", bind: "Callable[[int], socket.socket]") -> socket.socket:
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
@@ -5937,23 +5940,17 @@ class Stream:
             self.moved += written
             count -= written
 
-# ==== TLS =========================================================================================
-# RFC 4217. A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes on
-# with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a plain socket.
-# So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the certificate's key.
+# ==== TLS certificates ============================================================================
+# A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes on with the
+# login as SERVER would, and afterwards passes the control connection on to the session, which sees a plain socket. So OpenSSL meets
+# strangers in processes that hold nothing but one stranger's connection and the certificate's key.
 #
 # PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next client. TLS process
 # and session inherit that one context, so a data connection that resumes a TLS session resumes one of this very login:
-# no other context's ticket keys open it. On data connections no tickets are sent (a client that closes at once would
-# answer them with a reset, which destroys what it has uploaded), and their end must be announced (close_notify).
+# no other context's ticket keys open it.
 
-HANDSHAKE_SECONDS = 30
-GOODBYE_SECONDS = 3.0               # for the other side's close_notify
-TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
-TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
 EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
-RELAY_READ = 65536
-NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
+CERTIFICATE_MAX = 1 << 20           # bytes of a file
 
 
 class Certificates:
@@ -5963,20 +5960,27 @@ class Certificates:
         """Raises ConfigError when they cannot be used now."""
         import ssl
         self.ssl, self.options, self.log = ssl, options, log
-        self.good: "dict[tuple[str, str], tuple[int, int]]" = {}        # by paths: memfds with what worked last
+        self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
         self.complained: "set[tuple[str, str]]" = set()
         try:
             self.context_of(options.certfile)
+            self.warn_of_expiry()
         except (OSError, ValueError) as error:
             raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
                 ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
-        self.warn_of_expiry()
 
     def context(self, name: bytes) -> Any:
         """A fresh SSLContext for a client that asked for host `name`. Raises OSError when there is no usable certificate."""
-        paths = self.options.certfile
-        if name and self.options.extcert:
-            paths = self.of_host(name) or paths
+        host = self.of_host(name) if name and self.options.extcert else None
+        context = self.context_or_last(host) if host else None
+        if context is None:
+            context = self.context_or_last(self.options.certfile)
+        if context is None:
+            raise OSError(errno.ENOENT, "there is no usable certificate")
+        return context
+
+    def context_or_last(self, paths: "tuple[str, str]") -> Any:
+        """An SSLContext from these files, or from what they held when they were good; None when they never were."""
         try:
             context = self.context_of(paths)
             self.complained.discard(paths)
@@ -5984,11 +5988,11 @@ class Certificates:
         except (OSError, ValueError) as error:
             if paths not in self.complained:
                 self.complained.add(paths)
-                self.log.error("certificate %s: %s; the old one stays in use" % (paths[0], tls_reason(error)))
-            if paths not in self.good:
-                raise OSError(errno.ENOENT, "no certificate") from None
-            certificate, key = ("/proc/self/fd/%d" % fd for fd in self.good[paths])
-            return tls_context(self.ssl, self.options, certificate, key)
+                remedy = "; the old one stays in use" if paths in self.good else ""
+                self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
+        if paths not in self.good:
+            return None
+        return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
 
     def of_host(self, name: bytes) -> "tuple[str, str] | None":
         """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
@@ -6000,30 +6004,29 @@ class Certificates:
             return None
 
     def context_of(self, paths: "tuple[str, str]") -> Any:
+        """An SSLContext from these files, whose content is kept. Raises OSError, ValueError."""
         context = tls_context(self.ssl, self.options, *paths)
         if hasattr(os, "memfd_create"):
-            old = self.good.get(paths)
-            if old is None or not all(file_is(path, fd) for path, fd in zip(paths, old)):
-                for fd in old or ():
+            old = self.good.get(paths, [])
+            if not old or not all(file_is(path, fd) for path, fd in zip(paths, old)):
+                self.good[paths] = [memory_copy(path) for path in paths]
+                for fd in old:
                     os.close(fd)
-                self.good[paths] = (memory_copy(paths[0]), memory_copy(paths[1]))
         return context
 
     def warn_of_expiry(self) -> None:
-        with open(self.options.certfile[0]) as file:
-            ends = certificate_end(self.ssl, file.read())
+        with open(self.options.certfile[0], encoding="ascii", errors="replace") as file:
+            ends = certificate_end(self.ssl, file.read(CERTIFICATE_MAX))
         if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
-            self.log.warning("The certificate %s ends %s" % (
-                self.options.certfile[0], time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
-
-    def descriptors(self) -> "list[int]":
-        return [fd for pair in self.good.values() for fd in pair]
+            self.log.warning("The certificate %s %s %s" % (
+                self.options.certfile[0], "ends" if ends > time.time() else "has ended",
+                time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
 
 
 def memory_copy(path: str) -> int:
     """A memfd with the content of a file. Raises OSError."""
     with open(path, "rb") as file:
-        data = file.read(1 << 20)
+        data = file.read(CERTIFICATE_MAX)
     fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
     os.write(fd, data)
     return fd
@@ -6032,23 +6035,17 @@ def memory_copy(path: str) -> int:
 def file_is(path: str, fd: int) -> bool:
     """Whether the file still has the content that `fd` keeps."""
     with open(path, "rb") as file:
-        return file.read(1 << 20) == os.pread(fd, 1 << 20, 0)
-
-
-def tls_reason(error: Exception) -> str:
-    """Why a certificate does not work, in a few words."""
-    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        return file.read(CERTIFICATE_MAX) == os.pread(fd, CERTIFICATE_MAX, 0)
 
 
 def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
     """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = {"1.0": ssl.TLSVersion.TLSv1, "1.1": ssl.TLSVersion.TLSv1_1, "1.2": ssl.TLSVersion.TLSv1_2,
-                               "1.3": ssl.TLSVersion.TLSv1_3}[options.tlsminversion]
+    lowest_version(ssl, context, options.tlsminversion)
     context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
     context.set_alpn_protocols(["ftp"])
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    ciphers = options.tlsciphersuite or ""
+    ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
     while ciphers[:3] in ("-C:", "-S:"):
         if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
             context.verify_mode = ssl.CERT_REQUIRED
@@ -6057,6 +6054,15 @@ def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
     if ciphers:
         context.set_ciphers(ciphers)
     return context
+
+
+def lowest_version(ssl: Any, context: Any, version: str) -> None:
+    """--tlsminversion. Python warns of 1.0 and 1.1, but an administrator who asks for them has been warned."""
+    import warnings
+    names = {"1.0": "TLSv1", "1.1": "TLSv1_1", "1.2": "TLSv1_2", "1.3": "TLSv1_3"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = getattr(ssl.TLSVersion, names[version])
 
 
 def certificate_end(ssl: Any, pem: str) -> "float | None":
@@ -6088,26 +6094,30 @@ def der_items(data: bytes) -> "list[tuple[int, bytes]]":
 
 
 def certificate_make(options: Any, log: Log) -> None:
-    """--tlsselfsigned: a self-signed certificate where there is none. Raises ConfigError."""
+    """--tlsselfsigned: a self-signed certificate where there is none, for the key that may be there already. Raises ConfigError."""
     import subprocess
     certificate, key = options.certfile
     if os.path.exists(certificate):
         return
     host = socket.gethostname() or "localhost"
+    own_key = ["-key", key] if os.path.exists(key) else [
+        "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key + ".new"]
     mask = os.umask(0o077)
     try:
-        os.makedirs(os.path.dirname(certificate), 0o755, exist_ok=True)
-        made = subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650", "-subj", "/CN=" + host[:64],
-                               "-addext", "subjectAltName=DNS:" + host, "-keyout", key, "-out", certificate + ".new"],
+        os.makedirs(os.path.dirname(os.path.abspath(certificate)), 0o755, exist_ok=True)
+        made = subprocess.run(["openssl", "req", "-x509", *own_key, "-days", "3650", "-subj", "/CN=" + host[:64],
+                               "-addext", "subjectAltName=DNS:" + host, "-out", certificate + ".crt"],
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if made.returncode:
             raise ConfigError("--tlsselfsigned: openssl failed: " + made.stderr.decode("utf-8", "replace").strip()[-200:])
-        if key == certificate:                          # openssl wrote the key there: the certificate follows it
-            with open(certificate, "ab") as file, open(certificate + ".new", "rb") as fresh:
+        if key == certificate:                          # both in one file, which appears when it is complete
+            with open(key + ".new", "ab") as file, open(certificate + ".crt", "rb") as fresh:
                 file.write(fresh.read())
-            os.unlink(certificate + ".new")
+            os.unlink(certificate + ".crt")
         else:
-            os.rename(certificate + ".new", certificate)
+            os.rename(certificate + ".crt", certificate)
+        if os.path.exists(key + ".new"):
+            os.rename(key + ".new", key)
     except FileNotFoundError:
         raise ConfigError("--tlsselfsigned: there is no openssl(1) here: install it, or give a certificate with -2") from None
     except OSError as error:
@@ -6115,6 +6125,25 @@ def certificate_make(options: Any, log: Log) -> None:
     finally:
         os.umask(mask)
     log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
+
+# ==== TLS streams =================================================================================
+# RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for any other stream.
+# The end of the data must be announced (close_notify), in both directions: a connection that just ends may have been cut off by
+# somebody on the way. No tickets are sent here (Session sees to that): a client that closes at once would answer them with a
+# reset, which destroys what it has uploaded.
+#
+# hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
+
+HANDSHAKE_SECONDS = 30
+GOODBYE_SECONDS = 3.0               # for the other side's close_notify
+TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
+TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
+NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
+
+
+def tls_reason(error: Exception) -> str:
+    """Why TLS or a certificate does not work, in a few words."""
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
 
 
 def hello_name(data: bytes) -> "bytes | None":
@@ -6152,16 +6181,19 @@ class TlsStream(Stream):
 
     def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
                  progress: "Callable[[int], None] | None", context: Any, loose: bool) -> None:
-        """Does the handshake. Raises DataLost when it fails."""
+        """Does the handshake. Raises DataLost when it fails; `sock` is closed then."""
         import ssl
-        super().__init__(sock, attention, rate, idle, progress)
+        super().__init__(sock, attention, rate, HANDSHAKE_SECONDS, progress)
         self.ssl, self.loose = ssl, loose
-        self.ended: "Exception | None" = None
+        self.ended: "Exception | None" = None           # why nothing more can be received
+        self.told_end = False                           # the client has said that it has sent everything
         self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
-        self.idle, idle = HANDSHAKE_SECONDS, self.idle
         try:
             self.patiently(self.sock.do_handshake)
-        except (OSError, ValueError) as error:
+        except BaseException as error:
+            self.sock.close()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
             raise DataLost("the TLS handshake failed: " + tls_reason(error)) from None
         self.idle = idle
         self.started = time.monotonic()
@@ -6202,6 +6234,7 @@ class TlsStream(Stream):
             while filled < len(buffer):
                 count = self.sock.recv_into(buffer[filled:])
                 if not count:
+                    self.told_end = True
                     break
                 filled += count
         except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
@@ -6209,24 +6242,18 @@ class TlsStream(Stream):
                 raise BlockingIOError(errno.EAGAIN, "") from None
         except OSError as error:
             self.ended = self.end_of(error)
-            if not filled:
-                if self.ended is None:
-                    return 0
+            if not filled and self.ended is not None:
                 raise self.ended from None
         return filled
 
     def end_of(self, error: OSError) -> "Exception | None":
         """What an error at the end of the data means; None when it is as good as a proper end (TLSLooseClose)."""
-        ragged = isinstance(error, self.ssl.SSLEOFError)
+        ragged = isinstance(error, self.ssl.SSLEOFError) or tls_reason(error) == "UNEXPECTED_EOF_WHILE_READING"     # until 3.9
         if ragged and self.loose:
             return None
         return DataLost("closed without close_notify, so what came may not be all" if ragged else tls_reason(error))
 
     def finish_sending(self) -> None:
-        self.attention.pause(self.throttle.wait(time.monotonic()))
-        self.goodbye()
-
-    def goodbye(self) -> None:
         """Send close_notify, and wait a little for the other one: then the client has read everything."""
         self.idle = GOODBYE_SECONDS
         try:
@@ -6235,11 +6262,12 @@ class TlsStream(Stream):
             pass                                        # it closed without a word, or does not answer: ours was sent
 
     def close(self) -> None:
-        if self.ended is None and self.moved:
+        """Answer the client's close_notify. Who breaks off sends none, so that the client knows that something is missing."""
+        if self.told_end:
             try:
                 self.sock.unwrap()
             except (OSError, ValueError):
-                pass                                    # one try: whoever breaks off does not wait
+                pass                                    # it does not wait for it
         self.sock.close()
 
 # ==== Session: one user's process =================================================================
@@ -6497,6 +6525,7 @@ class FileCommands(SessionLoop):
         super().__init__(options, log, entry)
         self.renaming: "bytes | None" = None                # RNFR
         self.cwd_failures = 0
+        self.least_mode = 0                                 # what SITE CHMOD leaves a directory at least
 
     def host_path(self, path: bytes) -> bytes:
         """`path` (as the client means it) on the host. Compat: chroot + "/" + absolute path, hence a double slash."""
@@ -6739,6 +6768,8 @@ class FileCommands(SessionLoop):
             mode |= 0o700 if is_directory else 0o600
         if is_directory and os.path.samestat(st, self.tree.stat(b"/")):
             mode |= 0o700                               # nobody locks themselves out
+        if is_directory:
+            mode |= self.least_mode
         self.tree.chmod(path, mode)
         self.log.notice("Changed the mode of %s to %o" % (printable(self.host_path(path)), mode))
         return 200, "Permissions changed"
@@ -6849,6 +6880,7 @@ class Session(FileCommands):
         self.ratio: "tuple[int, int]" = (0, 0) if self.entry.trusted else (ratio[0], ratio[1])
         files, size = quota_limits(options, account, self.entry.trusted)
         self.quota = Quota(self.tree, files, size, self.log)
+        self.least_mode = 0o500 if self.quota.limited else 0        # quotacheck has to look into every directory
 
     def quota_guard(self, path: bytes) -> None:
         if self.quota.limited and quota_forbids(path):
@@ -7068,6 +7100,7 @@ class Session(FileCommands):
         except Aborted:
             return stream, ABORTED
         except DataLost as loss:
+            self.log.warning("The data connection broke: " + str(loss))
             return stream, (426, "The data connection broke: " + str(loss))
         except TimedOut:
             return stream, (426, "Nothing moved for %d seconds" % self.idle_seconds)
@@ -7180,9 +7213,9 @@ class Session(FileCommands):
             self.uploaded += stream.moved
         else:
             self.downloaded += stream.moved
-        shown, seconds = self.host_path(path), stream.seconds()
-        self.log.notice("%s %s  (%d bytes, %.2fKB/sec)%s" % (
-            printable(shown), "uploaded" if upload else "downloaded", stream.moved,
+        seconds = stream.seconds()
+        self.log.silent or self.log.notice("%s %s  (%d bytes, %.2fKB/sec)%s" % (
+            printable(self.host_path(path)), "uploaded" if upload else "downloaded", stream.moved,
             stream.moved / max(seconds, 1e-6) / 1024, "" if complete else " incomplete"))
         logs = self.logs()
         if logs:
@@ -7602,7 +7635,7 @@ class Visitor(Conversation):
         self.output = b""                   # replies that the client has not taken yet
         self.parked = False                 # no command is run: a login is being checked, or its delay passes
         self.id = 0                         # of the login that is being checked
-        self.hello = False                  # TLS begins: its ClientHello is awaited
+        self.hello = 0                      # TLS begins: so many bytes of its ClientHello are awaited
         self.closing = False                # once `output` is sent, it is over
 
     def run_lines(self) -> None:
@@ -7802,7 +7835,7 @@ class Server:
             fd, since = next(iter(self.since.items()))
             if since + LOGIN_SECONDS > now:
                 return
-            if self.visitors[fd].parked:
+            if self.visitors[fd].parked and not self.visitors[fd].hello:
                 self.progress(self.visitors[fd])
             else:
                 self.hang_up(self.visitors[fd], Hangup(421, "Timeout: nobody logged in, goodbye"))
@@ -8031,20 +8064,9 @@ class Server:
         self.start_handshake(visitor)
 
     def start_handshake(self, visitor: Visitor) -> None:
-        """Hand the client over: at once, or with -3 when the name in its ClientHello has come."""
-        if self.options.extcert:
-            visitor.hello = visitor.parked = True
-            try:
-                data = visitor.sock.recv(HELLO_MAX, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            name = hello_name(data) if data else b""
-            if name is None:                                # wake us again when all of it is there
-                wanted = 5 + int.from_bytes(data[3:5], "big") if len(data) >= 5 else 5
-                visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-                return
-            visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-            visitor.negotiated.sni = name
+        """Hand the client over: at once after AUTH TLS, else (and with -3) when its ClientHello, and the name in it, has come."""
+        if (self.options.extcert or visitor.negotiated.implicit) and not self.hello_seen(visitor):
+            return
         self.last_id += 1
         try:
             socket.send_fds(self.channel, [starttls_message(self.last_id, visitor.negotiated)], [visitor.sock.fileno()],
@@ -8052,6 +8074,23 @@ class Server:
         except BlockingIOError:
             raise Hangup() from None
         self.gone_on(visitor, self.last_id)
+
+    def hello_seen(self, visitor: Visitor) -> bool:
+        """Whether the ClientHello has come: then `negotiated.sni` is the name in it. Raises Hangup when it will not come any more."""
+        visitor.hello, before = max(visitor.hello, 1), visitor.hello
+        visitor.parked = True
+        try:
+            data = visitor.sock.recv(HELLO_MAX, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        if len(data) < max(before, 1):                      # it is the connection's end that has woken us
+            raise Hangup()
+        name = hello_name(data)
+        if name is None:                                    # wake us again when all of it is there
+            visitor.hello = 5 + int.from_bytes(data[3:5], "big") if len(data) >= 5 else 5
+        visitor.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, visitor.hello if name is None else 1)
+        visitor.negotiated.sni = name or b""
+        return name is not None
 
     def gone_on(self, visitor: Visitor, number: int) -> None:
         """The client belongs to another process now; it counts till that ends."""
@@ -8508,8 +8547,8 @@ def become(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
         die("root could be regained")
 
 
-def confine(directory: bytes) -> bool:
-    """chroot(2) into `directory` and stand at its top; False where the kernel does not allow that (some containers)."""
+def confine(directory: "int | bytes") -> bool:
+    """chroot(2) into a directory (a path or a descriptor) and stand at its top; False where the kernel forbids it (some containers)."""
     os.chdir(directory)
     try:
         os.chroot(".")
@@ -8630,9 +8669,13 @@ def home_make(home: Home, account: Account, options: Any) -> None:
         return
     os.makedirs(os.path.dirname(path.rstrip(b"/")), 0o755, exist_ok=True)
     os.mkdir(path, 0o700)
-    if not os.geteuid():
-        os.chown(path, account.uid, account.gid, follow_symlinks=False)
-    os.chmod(path, 0o777 & ~options.umask[1])
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not os.geteuid():
+            os.fchown(fd, account.uid, account.gid)
+        os.fchmod(fd, 0o777 & ~options.umask[1])
+    finally:
+        os.close(fd)
 
 
 def unprivileged_answer(privileges: Privileges, question: "Callable[[], bytes]") -> bytes:
@@ -8769,7 +8812,7 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     logs = transferlogs_open(options.altlog, log)
     pipe = uploadpipe_or_none(setup) if options.uploadscript else None
     system = account.backend in ("unix", "pam")
-    names = listing_names(account.uid, (account.gid,), home.locked, system)
+    names = listing_names(account.uid, () if account.anonymous else (account.gid,), home.locked, system)
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
     control = socket.socket(fileno=check.client)
     tree, root = settle(setup, account, home)
@@ -8816,7 +8859,7 @@ def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
     top = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     if privileges.root:
         if home.locked:
-            walked = not confine(home.root)
+            walked = not confine(top)
         become(account.uid, account.gid, account.groups or (account.gid,))
     os.umask(0)
     root = home.root.rstrip(b"/") if home.locked else b""
@@ -9300,7 +9343,8 @@ class Monitor:
     def on_granted(self, child: Child, message: bytes, fds: "list[int]") -> None:
         _, number, refused = numbered_parse(message)
         check, asker = self.consulting.pop(number, (None, None))
-        if check is None or asker is None:
+        if check is None or asker is None:                  # the client has gone meanwhile
+            self.tell(child, NUMBERED.pack(OUTCOME, number, VERDICT_BROKEN))
             return
         if refused:
             os.close(check.client)
