@@ -136,8 +136,9 @@ def printable(data: bytes) -> str:
                    for c in text)
 
 # ==== System calls that Python does not wrap ======================================================
-# libc through ctypes: names for ps(1), prctl(2), Landlock, and splice(2) for Python 3.9. Each is optional: where ctypes, Linux or
-# the kernel's support is missing the function says so by what it returns, and its caller decides what that means.
+# libc through ctypes: names for ps(1), prctl(2), Landlock, and splice(2) for Python 3.9. Each is optional: where
+# ctypes, Linux or the kernel's support is missing the function says so by what it returns, and its caller decides
+# what that means.
 #
 # The title of a process is written over its argument and environment area (setproctitle's way), so the environment is
 # first copied out of there: glibc's setenv() stores a new string for each variable that is set again.
@@ -1068,10 +1069,10 @@ def options_check(options: Options):
         refuse("bind", "an IPv4 address cannot be listened to with -6 (IPV6Only)")
 
 # ==== Log =========================================================================================
-# One line per event: `(user@host) [LEVEL] text`, to syslog by its socket, or to stderr. The socket is connected before any chroot
-# and shared by all processes: a datagram is a line, so lines never mix. Nothing here waits: what syslogd does not take at once
-# is dropped, and the next line that gets through tells how many were lost. Every text is made printable here, so that no name
-# a client sends can forge a line.
+# One line per event: `(user@host) [LEVEL] text`, to syslog by its socket, or to stderr. The socket is connected
+# before any chroot and shared by all processes: a datagram is a line, so lines never mix. Nothing here waits: what
+# syslogd does not take at once is dropped, and the next line that gets through tells how many were lost. Every text
+# is made printable here, so that no name a client sends can forge a line.
 
 SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog", "/var/run/log")
 # fmt: off
@@ -1086,11 +1087,14 @@ LOG_LEVELS = {              # name in the line: priority of syslog(3)
 
 
 def log_text(text: str) -> str:
-    """`text` with every character that is not printable (line breaks above all) as \\xNN."""
+    """`text` with every character that is not printable (line breaks above all) as \\xNN, \\n or \\uNNNN.
+
+    ascii() needs no codec: those are modules, and after a chroot none can be loaded any more.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogateescape").decode("latin-1")
-                   if not "\udc80" <= c <= "\udcff" else "\\x%02x" % (ord(c) - 0xDC00) for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] if not "\udc80" <= c <= "\udcff" else "\\x%02x" % (ord(c) - 0xDC00)
+                   for c in text)
 
 
 class Log:
@@ -1125,7 +1129,10 @@ class Log:
         if self.facility == "none":
             return
         who = f"({self.who}) " if self.who else ""
-        line = log_text(f"{who}[{level}] {text}")
+        text = text.replace(") [", ")\\x20[")           # no name in it shall look like another line to fail2ban
+        # What a client says must not look like the beginning of a line to fail2ban, whose filters search: "x@HOST)
+        # [WARNING] ..."
+        line = log_text(f"{who}[{level}] " + text.replace(") [", ")\\x20["))
         if self.lost:
             line += f" ({self.lost} lines before this one were lost)"
         if self.write_line(LOG_LEVELS[level], line):
@@ -2669,9 +2676,10 @@ def anonymous_user() -> Any:
     raise Refused("anonymous users need a system user called ftp (or _ftp), and there is none")
 
 # ==== Messages between the processes ==============================================================
-# The processes speak over SOCK_SEQPACKET pairs: one message is one send and one recv, descriptors travel beside it. A message
-# is a fixed struct, for LOGIN followed by fields whose lengths the struct gives. Whoever receives one checks that it
-# is consumed to the last byte; anything else is a MessageError, and ends that channel (never the process that reads it).
+# The processes speak over SOCK_SEQPACKET pairs: one message is one send and one recv, descriptors travel beside it. A
+# message is a fixed struct, for LOGIN followed by fields whose lengths the struct gives. Whoever receives one checks
+# that it is consumed to the last byte; anything else is a MessageError, and ends that channel (never the process that
+# reads it).
 #
 #   LOGIN              SERVER, TLS -> PRIV   who wants in, with what, and what was negotiated; + the client's socket or relay
 #   STARTTLS           SERVER -> PRIV        a client that said AUTH TLS; + its socket
@@ -2827,9 +2835,9 @@ def message_receive(channel: socket.socket, most_fds: int = 0) -> "tuple[bytes, 
     return message, fds
 
 # ==== Control connection: lines in, replies out ===================================================
-# Both sides of the login read commands the same way (RFC 959 section 5.3, RFC 1123 section 4.1.2.12): bytes are collected, cut at LF,
-# freed from telnet's signals, and every control byte becomes `_`, so no CR, LF or NUL reaches a file name. Names stay bytes. Nothing
-# here touches a socket: values go in and come out.
+# Both sides of the login read commands the same way (RFC 959 section 5.3, RFC 1123 section 4.1.2.12): bytes are
+# collected, cut at LF, freed from telnet's signals, and every control byte becomes `_`, so no CR, LF or NUL reaches a
+# file name. Names stay bytes. Nothing here touches a socket: values go in and come out.
 
 LINE_MAX = 4112                                         # bytes of a line, as the original's buffer
 TELNET_SIGNALS = bytes(range(240, 256))                 # SE ... IAC: what RFC 854 puts before an urgent ABOR
@@ -2939,15 +2947,17 @@ def stamp_text(seconds: float) -> str:
     return time.strftime("%Y%m%d%H%M%S", time.gmtime(seconds))
 
 # ==== Tree: the files of a session ================================================================
-# A path is what the client means: absolute in the session's root or relative to its working directory, in bytes. Who confines:
+# A path is what the client means: absolute in the session's root or relative to its working directory, in bytes. Who
+# confines:
 #
 #   KernelTree   chroot(2), or nobody for accounts that are trusted with the whole machine: the kernel walks the path itself.
 #   WalkedTree   nobody but us, without root: every path is walked from the root's descriptor, one component at a time, each opened
 #                with O_NOFOLLOW relative to the one before; links are read and walked the same way, `..` pops. What is swapped
 #                between two steps is either opened as what it is now or refused: no name is ever trusted, no string compared.
 #
-# Both offer the same operations, because each is written once in terms of place(path): the directory to start from and the name to
-# give to the kernel. A WalkedTree also keeps the server's own files out of reach: by their place and by their inode.
+# Both offer the same operations, because each is written once in terms of place(path): the directory to start from
+# and the name to give to the kernel. A WalkedTree also keeps the server's own files out of reach: by their place and
+# by their inode.
 
 LINKS_MAX = 40                      # symbolic links met in one walk, as the kernel's limit (path_resolution(7))
 DIRECTORY_ONLY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", 0)
@@ -3002,6 +3012,10 @@ class Tree:
                 parts.append(part)
         return b"/" + b"/".join(parts)
 
+    def real(self, path: bytes) -> bytes:
+        """Where `path` leads, without links, from the root; for logs, never for opening. What is not there stays as it is."""
+        raise NotImplementedError
+
     def stat(self, path: bytes) -> os.stat_result:
         with self.place(path) as (at, name):
             return os.stat(name, dir_fd=at, follow_symlinks=self.kernel_follows)
@@ -3016,6 +3030,8 @@ class Tree:
 
     def open(self, path: bytes, flags: int, mode: int = 0o666) -> int:
         """A descriptor; never waits (FIFO). With O_NOFOLLOW in `flags` a final link raises ELOOP."""
+        if flags & os.O_CREAT and path[-1:] == b"/":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         follow = not flags & (os.O_NOFOLLOW | os.O_EXCL)
         with self.place(path, follow) as (at, name):
             if not self.kernel_follows:
@@ -3100,6 +3116,12 @@ class KernelTree(Tree):
     def change_directory(self, path: bytes) -> None:
         os.chdir(path)
 
+    def real(self, path: bytes) -> bytes:
+        try:
+            return os.path.realpath(path)
+        except OSError:
+            return self.absolute(path)          # the working directory is gone
+
     def stat(self, path: bytes) -> os.stat_result:
         return os.stat(path)
 
@@ -3159,6 +3181,15 @@ class WalkedTree(Tree):
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def real(self, path: bytes) -> bytes:
+        try:
+            fds, names, last = self.walk(path, follow=True)
+        except OSError:
+            return self.absolute(path)
+        for fd in fds:
+            os.close(fd)
+        return b"/" + b"/".join(names if last == b"." else [*names, last])
 
     def place(self, path: bytes, follow: bool = True) -> Place:
         fds, _, last = self.walk(path, follow, path.endswith(b"/."))
@@ -4135,11 +4166,6 @@ QUOTA_STEP = 1 << 24                    # bytes reserved at once later on, but n
 QUOTA_SHARE = 16                        # ... one part in so many of what is left: other sessions want some too
 
 
-def quota_preload() -> None:
-    """Load what a session needs, before it loses its file system."""
-    import fcntl  # noqa: F401
-
-
 def quota_forbids(path: bytes) -> bool:
     """Whether an account with a quota may not touch `path`: our own files, in any case a file system might ignore."""
     path = path.lower()
@@ -4500,12 +4526,6 @@ class TransferLog:
 # ---- opening, as root ----------------------------------------------------------------------------
 
 
-def transferlogs_preload() -> None:
-    """Load what sessions need, before they lose the file system: a module, and the time zone."""
-    import fcntl  # noqa: F401
-    time.localtime()
-
-
 def transferlogs_open(altlog: "tuple[tuple[str, str], ...]", log: Any) -> "list[TransferLog]":
     """The logs of options.altlog, in its order, without those that cannot be opened (`log` is told why)."""
     logs = []
@@ -4655,8 +4675,9 @@ def json_string(text: str) -> str:
         if char in '"\\':
             char = "\\" + char
         elif not char.isprintable():
-            units = char.encode("utf-16-be", "surrogatepass").hex()
-            char = "".join("\\u" + units[i:i + 4] for i in range(0, len(units), 4))
+            code = ord(char)                        # by hand: a session in its chroot cannot load the codec of UTF-16
+            units = (code,) if code < 0x10000 else (0xD7C0 + (code >> 10), 0xDC00 + (code & 0x3FF))
+            char = "".join("\\u%04x" % unit for unit in units)
         quoted.append(char)
     return '"' + "".join(quoted) + '"'
 
@@ -5173,11 +5194,12 @@ def uploadpipe_next(descriptor: int, buffer: bytearray, timeout: float) -> "Uplo
             return message
 
 # ==== Commands ====================================================================================
-# What is true of a verb stands above its handler; dispatch() enforces it and names no verb. A verb that does not say `login=False`
-# is for those who are logged in. HELP and FEAT are loops over the table.
+# What is true of a verb stands above its handler; dispatch() enforces it and names no verb. A verb that does not say
+# `login=False` is for those who are logged in. HELP and FEAT are loops over the table.
 #
-# Conversation is one client's side of the protocol without its sockets: the greeting's half of it (Visitor) lives in SERVER or in the
-# client's TLS process, the other half (Session) in the process of the user. Both answer the commands below alike.
+# Conversation is one client's side of the protocol without its sockets: the greeting's half of it (Visitor) lives in
+# SERVER or in the client's TLS process, the other half (Session) in the process of the user. Both answer the commands
+# below alike.
 
 Reply = "tuple[int, str | bytes] | bytes | None"         # (code, text); bytes that are a reply already; None: answered elsewhere
 
@@ -5251,7 +5273,10 @@ class Conversation:
             return os_error_reply(error)
 
     def log_command(self, verb: bytes, argument: bytes) -> None:
-        shown = "<*>" if verb == b"PASS" else printable(argument)
+        secret = verb == b"PASS"
+        if verb not in COMMANDS and not self.logged_in:     # a slip of the finger, and a password may stand behind it
+            secret, verb = True, verb[:4]
+        shown = "<*>" if secret else printable(argument)
         self.log.debug(f"Command [{printable(verb).lower()}] [{shown}]")
 
     # -- who one is, and how one goes ------------------------------------------------------------------
@@ -5345,7 +5370,8 @@ class Conversation:
 
     @command("HELP", login=False)
     def do_help(self, argument: bytes) -> Any:
-        verbs = [verb.decode() for verb, row in COMMANDS.items() if row.help]
+        verbs = [verb.decode() for verb, row in COMMANDS.items()
+                 if row.help and (isinstance(row.feat, str) or row.feat(self) is not None)]
         site = [verb.decode() for verb, row in SITE_COMMANDS.items() if row.help]
         return 214, "\n".join(["These commands are known:", columns(verbs), "and after SITE:", columns(site),
                                "pureftpd.py"])
@@ -5425,12 +5451,13 @@ def os_error_reply(error: OSError) -> "tuple[int, str]":
     return OS_ERROR_REPLIES.get(error.errno or 0, 550), error.strerror or "It failed"
 
 # ==== Data connections ============================================================================
-# RFC 959 section 3.2, RFC 2428. A session has at most one of: a passive socket that waits for the client, the address that a PORT
-# named, an opened connection (ESTA, ESTP). Passive sockets survive a transfer, as the original's: some clients reuse them.
-# Whoever connects from elsewhere than the control connection's client is turned away, and the waiting goes on.
+# RFC 959 section 3.2, RFC 2428. A session has at most one of: a passive socket that waits for the client, the address
+# that a PORT named, an opened connection (ESTA, ESTP). Passive sockets survive a transfer, as the original's: some
+# clients reuse them. Whoever connects from elsewhere than the control connection's client is turned away, and the
+# waiting goes on.
 #
-# Attention is how a session waits: always for its own matter and for the control connection (ABOR, STAT), PRIV (end of the
-# server) and the clock. Nothing else in a session blocks on a client.
+# Attention is how a session waits: always for its own matter and for the control connection (ABOR, STAT), PRIV (end
+# of the server) and the clock. Nothing else in a session blocks on a client.
 
 CONNECT_SECONDS = 30                # for an active data connection, as 1.0.54
 STOP_SECONDS = 10                   # grace for running transfers when the server stops
@@ -5710,12 +5737,13 @@ def eprt_argument(text: bytes) -> "tuple[str, int]":
         raise Refuse(501, "That is no IPv%s address" % ("4" if kind == b"1" else "6")) from None
 
 # ==== Streams: the bytes of a data connection =====================================================
-# A Stream moves bytes between one data connection and one file, at a pace, while Attention watches for ABOR. Binary downloads
-# are sendfile(2); binary uploads start with a buffer and, once they prove to be large, go on with splice(2) through a pipe of 1 MiB
-# (measured: 1.2 to 1.5 times cheaper than the original; with the kernel's 64 KiB pipe, or recv and write, twice as dear). ASCII is
-# converted by the block with bytes.replace (RFC 959 section 3.1.1.1).
+# A Stream moves bytes between one data connection and one file, at a pace, while Attention watches for ABOR. Binary
+# downloads are sendfile(2); binary uploads start with a buffer and, once they prove to be large, go on with splice(2)
+# through a pipe of 1 MiB (measured: 1.2 to 1.5 times cheaper than the original; with the kernel's 64 KiB pipe, or
+# recv and write, twice as dear). ASCII is converted by the block with bytes.replace (RFC 959 section 3.1.1.1).
 #
-# `moved` counts what went over the wire on the way down, what was stored on the way up: the figures of logs and ratios.
+# `moved` counts what went over the wire on the way down, what was stored on the way up: the figures of logs and
+# ratios.
 
 SEND_AT_ONCE = 8 << 20              # bytes asked of one sendfile(2)
 BLOCK_SIZE = 1 << 18                # bytes of a converted or copied block
@@ -5941,13 +5969,14 @@ class Stream:
             count -= written
 
 # ==== TLS certificates ============================================================================
-# A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes on with the
-# login as SERVER would, and afterwards passes the control connection on to the session, which sees a plain socket. So OpenSSL meets
-# strangers in processes that hold nothing but one stranger's connection and the certificate's key.
+# A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes
+# on with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a
+# plain socket. So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the
+# certificate's key.
 #
-# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next client. TLS process
-# and session inherit that one context, so a data connection that resumes a TLS session resumes one of this very login:
-# no other context's ticket keys open it.
+# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next
+# client. TLS process and session inherit that one context, so a data connection that resumes a TLS session resumes
+# one of this very login: no other context's ticket keys open it.
 
 EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
 CERTIFICATE_MAX = 1 << 20           # bytes of a file
@@ -6127,10 +6156,10 @@ def certificate_make(options: Any, log: Log) -> None:
     log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
 
 # ==== TLS streams =================================================================================
-# RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for any other stream.
-# The end of the data must be announced (close_notify), in both directions: a connection that just ends may have been cut off by
-# somebody on the way. No tickets are sent here (Session sees to that): a client that closes at once would answer them with a
-# reset, which destroys what it has uploaded.
+# RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for
+# any other stream. The end of the data must be announced (close_notify), in both directions: a connection that just
+# ends may have been cut off by somebody on the way. No tickets are sent here (Session sees to that): a client that
+# closes at once would answer them with a reset, which destroys what it has uploaded.
 #
 # hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
 
@@ -6271,9 +6300,10 @@ class TlsStream(Stream):
         self.sock.close()
 
 # ==== Session: one user's process =================================================================
-# A session serves one client, so its code is straight: a command is a method, and what waits, waits in Attention. The process is the
-# user's for good when it begins here; everything that needed root is already done and lies in Entry: descriptors, tables, names.
-# The commands come in three layers, each a class and a section: the loop (SessionLoop), files (FileCommands), transfers (Session).
+# A session serves one client, so its code is straight: a command is a method, and what waits, waits in Attention. The
+# process is the user's for good when it begins here; everything that needed root is already done and lies in Entry:
+# descriptors, tables, names. The commands come in three layers, each a class and a section: the loop (SessionLoop),
+# files (FileCommands), transfers (Session).
 
 FORBIDDEN_IN_UPLOADS = b".pureftpd-upload."         # the names under which -0 keeps what is not complete yet
 CWD_FAILURES_MAX = 50                               # failed CWDs in a row, then goodbye (docwd)
@@ -6506,8 +6536,8 @@ def traceback_text() -> str:
     return "%s: %s at %s" % (kind.__name__ if kind else "?", error, " > ".join(steps))
 
 # ==== Session: files and directories ==============================================================
-# RFC 959 section 4.1.3, RFC 3659 (SIZE, MDTM, MLST), draft-somers-ftp-mfxx (MFMT), and SITE. Who may touch which name is said
-# in allowed(), once, for all commands; the rest is one system call each, and what that raises is the reply.
+# RFC 959 section 4.1.3, RFC 3659 (SIZE, MDTM, MLST), draft-somers-ftp-mfxx (MFMT), and SITE. Who may touch which name
+# is said in allowed(), once, for all commands; the rest is one system call each, and what that raises is the reply.
 
 MODE_MAX = 0o7777
 DENIED = (553, "Names like that are not allowed here")
@@ -6530,6 +6560,11 @@ class FileCommands(SessionLoop):
     def host_path(self, path: bytes) -> bytes:
         """`path` (as the client means it) on the host. Compat: chroot + "/" + absolute path, hence a double slash."""
         return self.entry.root + b"/" + self.tree.absolute(path) if self.entry.root else self.tree.absolute(path)
+
+    def log_path(self, path: bytes) -> bytes:
+        """`path` as transfer logs show it: on the host, or in its virtual host."""
+        before = self.account.vhost.encode() + b":" if self.account.vhost else self.entry.root
+        return before + self.tree.absolute(path)
 
     def allowed(self, path: bytes, write: bool) -> bytes:
         """`path`, when its name may be used so. Raises Refuse(553) (checknamesanity, -x, -X, -z)."""
@@ -6616,7 +6651,7 @@ class FileCommands(SessionLoop):
         self.disk_check()
         lines = self.make_directory(path)
         self.cwd_failures = 0
-        self.event("mkdir", path=self.host_path(path))
+        self.event("mkdir", path=self.log_path(path))
         name = quoted(self.tree.absolute(path)) + b" : directory created"
         return 257, b"\n".join([*lines, name])
 
@@ -6647,7 +6682,7 @@ class FileCommands(SessionLoop):
         except OSError as error:
             self.log.error("Failed RMD %s: %s" % (printable(argument), error.strerror))
             raise
-        self.event("rmdir", path=self.host_path(path))
+        self.event("rmdir", path=self.log_path(path))
         return 250, b"\n".join([*lines, b"The directory was removed"])
 
     def remove_directory(self, path: bytes) -> "list[bytes]":
@@ -6668,7 +6703,7 @@ class FileCommands(SessionLoop):
             raise Refuse(550, "That is a directory: use RMD")
         lines = self.remove_file(path, st)
         self.log.notice("Deleted " + printable(self.host_path(path)))
-        self.event("delete", path=self.host_path(path), size=st.st_size)
+        self.event("delete", path=self.log_path(path), size=st.st_size)
         return 250, b"\n".join([*lines, b"Deleted " + argument])
 
     def remove_file(self, path: bytes, st: os.stat_result) -> "list[bytes]":
@@ -6695,7 +6730,7 @@ class FileCommands(SessionLoop):
         source, self.renaming = self.renaming, None
         lines = self.rename_file(source, path)
         self.log.notice("Renamed [%s]->[%s]" % (printable(self.host_path(source)), printable(self.host_path(path))))
-        self.event("rename", path=self.host_path(source), to=self.host_path(path))
+        self.event("rename", path=self.log_path(source), to=self.log_path(path))
         return 250, b"\n".join([*lines, b"Renamed"])
 
     def rename_file(self, source: bytes, target: bytes) -> "list[bytes]":
@@ -6806,9 +6841,10 @@ class FileCommands(SessionLoop):
         return True
 
 # ==== Session: transfers and listings =============================================================
-# RFC 959 section 4.1.2 and 4.1.3, RFC 2428 (EPSV, EPRT), RFC 3659 (REST, MLSD). A transfer is: may it be (names, limits, quota, ratio), the
-# local file, the data connection, 150, the bytes, the end of both, 226. Nothing that was there is touched before the data
-# connection stands. An upload that does not end well is never called complete, and under -0 never takes the old file's place.
+# RFC 959 section 4.1.2 and 4.1.3, RFC 2428 (EPSV, EPRT), RFC 3659 (REST, MLSD). A transfer is: may it be (names,
+# limits, quota, ratio), the local file, the data connection, 150, the bytes, the end of both, 226. Nothing that was
+# there is touched before the data connection stands. An upload that does not end well is never called complete, and
+# under -0 never takes the old file's place.
 
 ANY_PORT = (1024, 65535)                            # passive ports without -p. The kernel's own choice is slow once many are used
 ALIASES_TRIED = 1000                                # -r: NAME.1 ... NAME.999
@@ -6981,6 +7017,7 @@ class Session(FileCommands):
             return 220, "Only EPSV from now on"
         here = b"2" if self.port.family == socket.AF_INET6 else b"1"
         if wanted not in (b"", here):
+            self.log.warning("The data connection did not resume the TLS session of its login (--tlssessionreuse)")
             raise Refuse(522, "Network protocol not supported here, use (%s)" % here.decode())
         if self.options.brokenclientscompatibility and here == b"1":
             raise Refuse(500, "Use PASV")
@@ -7042,7 +7079,7 @@ class Session(FileCommands):
             sock.bind((self.entry.peer.local_address, 0))
         return sock
 
-    @command("PRET", missing=(501, "PRET takes a command"), idle=True, feat="PRET", help=False)
+    @command("PRET", idle=True, feat="PRET", help=False)
     def do_pret(self, argument: bytes) -> Any:
         """drftpd's: which command comes after PASV. Wrong ones are told now."""
         verb, name = command_split(argument)
@@ -7084,12 +7121,12 @@ class Session(FileCommands):
         Everything that can go wrong is told here, once, for all commands. Only a Hangup before the first byte passes.
         """
         stream = None
-        self.attention.on_status = lambda: self.reply(213, "%d bytes moved" % (stream.moved if stream else 0))
         try:
             sock = self.port.connect(self.bind_data_port)
             try:
                 self.reply(150, begin)
                 stream = self.stream(sock, rate, progress)
+                self.attention.on_status = lambda: self.reply(213, "%d bytes moved" % (stream.moved if stream else 0))
             except BaseException:
                 sock.close()
                 raise
@@ -7101,6 +7138,7 @@ class Session(FileCommands):
             return stream, ABORTED
         except DataLost as loss:
             self.log.warning("The data connection broke: " + str(loss))
+            self.log.info("The data connection broke: " + str(loss))
             return stream, (426, "The data connection broke: " + str(loss))
         except TimedOut:
             return stream, (426, "Nothing moved for %d seconds" % self.idle_seconds)
@@ -7205,8 +7243,8 @@ class Session(FileCommands):
         board = self.entry.scoreboard
         return (lambda moved: board.progress(offset + moved)) if board is not None else None
 
-    def transferred(self, upload: bool, path: bytes, stream: "Stream | None", complete: bool) -> None:
-        """Count and log a transfer that moved, or could have moved, data."""
+    def transferred(self, upload: bool, path: bytes, stream: "Stream | None", complete: bool, removed: bool = False) -> None:
+        """Count and log a transfer that moved, or could have moved, data. Compat: one that was over quota is an event only (dostor)."""
         if stream is None:
             return
         if upload:
@@ -7214,19 +7252,15 @@ class Session(FileCommands):
         else:
             self.downloaded += stream.moved
         seconds = stream.seconds()
-        self.log.silent or self.log.notice("%s %s  (%d bytes, %.2fKB/sec)%s" % (
-            printable(self.host_path(path)), "uploaded" if upload else "downloaded", stream.moved,
-            stream.moved / max(seconds, 1e-6) / 1024, "" if complete else " incomplete"))
-        logs = self.logs()
+        if not self.log.silent:
+            self.log.notice("%s %s  (%d bytes, %.2fKB/sec)%s" % (
+                printable(self.host_path(path)), "uploaded" if upload else "downloaded", stream.moved,
+                stream.moved / max(seconds, 1e-6) / 1024, "" if complete else " incomplete"))
+        logs = [log for log in self.logs() if not removed or log.form == "json"]
         if logs:
             transferlog_write(logs, Transfer(
-                upload, self.log_path(path), stream.moved, seconds, self.user_shown(), self.host, self.started,
+                upload, self.log_path(self.tree.real(path)), stream.moved, seconds, self.user_shown(), self.host, self.started,
                 not self.negotiated.binary, complete))
-
-    def log_path(self, path: bytes) -> bytes:
-        """`path` as transfer logs show it: on the host, or in its virtual host."""
-        before = self.account.vhost.encode() + b":" if self.account.vhost else self.entry.root
-        return before + self.tree.absolute(path)
 
     # -- up ------------------------------------------------------------------------------------------
 
@@ -7253,7 +7287,9 @@ class Session(FileCommands):
         if self.account.anonymous and self.options.anonymouscantupload:
             raise Refuse(550, "Anonymous users may not upload")
         self.disk_check()
-        upload = self.upload_begin(path, offset, append)
+        with self.quota.lock() as account:
+            upload = self.upload_begin(path, offset, append)
+            self.upload_claim(upload, account)
         try:
             return self.receive_whole(upload, begin)
         finally:
@@ -7321,30 +7357,29 @@ class Session(FileCommands):
 
         stream: "Stream | None" = None
         failure: "tuple[int, str] | None" = (451, "The upload broke off")
-        self.upload_claim(upload)
         try:
             stream, failure = self.transfer(begin, self.rate_up, move, self.progress_from(upload.offset))
         finally:
             self.scoreboard(SCOREBOARD_IDLE)
             lines, failure = self.upload_end(upload, meter, failure)
-            self.transferred(True, upload.path, stream, failure is None)
+            self.transferred(True, upload.path, stream, failure is None, failure is not None and failure[0] == 552)
             if self.entry.uploadpipe is not None and stream is not None and self.is_kept(upload, failure):
-                uploadpipe_write(self.entry.uploadpipe, self.user_shown(), self.host_path(upload.path), self.log)
+                uploadpipe_write(self.entry.uploadpipe, self.user_shown(), self.entry.root + self.tree.real(upload.path), self.log)
         self.upload_aborted = failure == ABORTED and stream is not None
         if failure or stream is None:
             return failure
         return 226, b"\n".join([*lines, b"File stored", rate_text(stream.moved, stream.seconds()).encode()])
 
-    def upload_claim(self, upload: Upload) -> None:
+    def upload_claim(self, upload: Upload, account: QuotaAccount) -> None:
         """Charge the new name, and keep other sessions from writing the same file. Raises Refuse, leaving nothing behind."""
         try:
-            with self.quota.lock() as account:
-                if not account.hold(upload.fd):
-                    raise Refuse(450, "Another session is writing this file")
-                account.claim(1 if upload.created else 0, upload.before - upload.offset)
+            if not account.hold(upload.fd):
+                raise Refuse(450, "Another session is writing this file")
+            account.claim(1 if upload.created else 0, upload.before - upload.offset)
         except Refuse:
             if upload.created:
                 self.tree.unlink(upload.working)
+            os.close(upload.fd)
             raise
 
     def upload_start(self, upload: Upload) -> QuotaMeter:
@@ -7362,11 +7397,10 @@ class Session(FileCommands):
         discard = upload.created and (meter is None or over_quota or failure is not None and upload.working != upload.path)
         with self.quota.lock() as account:
             try:
-                if over_quota and not discard:
+                if over_quota:
                     os.ftruncate(upload.fd, upload.offset)          # what was there before stays, as far as it does
                 if discard:
-                    self.tree.unlink(upload.working)
-                    account.charge(-1, 0)
+                    self.discard(upload, account)
                 elif upload.working != upload.path:
                     self.publish(upload, account)
             except OSError as error:
@@ -7379,6 +7413,16 @@ class Session(FileCommands):
     def is_kept(upload: Upload, failure: "tuple[int, str] | None") -> bool:
         """Whether an upload script should see the file: not what was removed again (over quota, broken off under -0)."""
         return failure is None or failure[0] != 552 and upload.working == upload.path
+
+    def discard(self, upload: Upload, account: QuotaAccount) -> None:
+        """Remove what was begun, unless another session of the account has given its name to another file meanwhile."""
+        try:
+            ours = os.path.samestat(self.tree.lstat(upload.working), os.fstat(upload.fd))
+        except FileNotFoundError:
+            return
+        if ours:
+            self.tree.unlink(upload.working)
+            account.charge(-1, 0)
 
     def publish(self, upload: Upload, account: QuotaAccount) -> None:
         """-0: the complete upload takes the place of the old file."""
@@ -7439,8 +7483,8 @@ class Session(FileCommands):
         if argument:
             listing = list_blocks(self.tree, argument, self.view())
             self.send(b"213-STAT\r\n")
-            for block in listing:
-                self.send(block)
+            for block in listing:                           # of whole lines; none may look like the last (RFC 959, 4.2)
+                self.send((b"\n" + block).replace(b"\n213 ", b"\n 213 ")[1:])
             return 213, "End."
         kind = "8-bit binary" if self.negotiated.binary else "ASCII"
         safety = "private" if self.negotiated.private else "clear"
@@ -7601,12 +7645,13 @@ def address_key(address: str) -> bytes:
         return address.encode()
 
 # ==== SERVER: everybody who has not logged in =====================================================
-# One process, one selectors loop for all visitors on all listening sockets: a visitor costs a socket and a small object, however
-# long they wait or however slowly they type. It is unprivileged for good, sits in an empty directory, and never forks. What
-# takes time happens elsewhere (passwords are checked by the login child that PRIV forks) or is a timer here (delays of wrong logins).
+# One process, one selectors loop for all visitors on all listening sockets: a visitor costs a socket and a small
+# object, however long they wait or however slowly they type. It is unprivileged for good, sits in an empty directory,
+# and never forks. What takes time happens elsewhere (passwords are checked by the login child that PRIV forks) or is
+# a timer here (delays of wrong logins).
 #
-# A Visitor is the Conversation before the login. What it cannot do itself it asks of its `door`: Server here, TlsDoor in the
-# process of a client that said AUTH TLS.
+# A Visitor is the Conversation before the login. What it cannot do itself it asks of its `door`: Server here, TlsDoor
+# in the process of a client that said AUTH TLS.
 
 LOGIN_SECONDS = 120                 # Compat: a visitor has so long for each step to its login, at most; the original the idle time
 LOGIN_FAILURES_MAX = 6              # wrong passwords, then goodbye
@@ -7894,14 +7939,11 @@ class Server:
         self.adopt(visitor)
         self.log.who = "?@" + host
         self.log.info("New connection from " + host)
-        try:
-            if implicit:
-                visitor.negotiated.implicit = visitor.parked = True
-                self.start_handshake(visitor)
-            else:
-                visitor.reply(220, self.greeting.text(self.clients(), local[1]))
-        except Hangup as end:
-            self.hang_up(visitor, end)
+        if implicit:
+            visitor.negotiated.implicit = visitor.parked = True
+            self.attend(visitor, self.start_handshake, visitor)
+        else:
+            self.attend(visitor, visitor.reply, 220, self.greeting.text(self.clients(), local[1]))
 
     def objection(self, host: str) -> str:
         """Why a client from `host` may not come in now; "" when it may."""
@@ -7974,40 +8016,42 @@ class Server:
         elif key.events != events:
             self.selector.modify(visitor.sock, events, self.on_visitor)
 
-    def on_visitor(self, sock: socket.socket) -> None:
-        """A visitor has sent something, or takes what we could not send."""
-        visitor = self.visitors.get(sock.fileno())
-        if visitor is None:
+    def attend(self, visitor: Visitor, action: "Callable[..., Any]", *args: Any) -> None:
+        """Do something for a visitor who is still there; what goes wrong ends this visitor, and nothing else."""
+        if visitor.closing:
             return
         try:
-            if visitor.hello:
-                self.start_handshake(visitor)
-                return
-            if visitor.output:
-                self.flush(visitor)
-            else:
-                data = sock.recv(VISITOR_READ, socket.MSG_DONTWAIT)
-                if not data:
-                    raise Hangup()
-                visitor.input.feed(data)
-            self.talk(visitor)
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.hang_up(visitor, Hangup())
+            action(*args)
         except Hangup as end:
             self.hang_up(visitor, end)
-
-    def talk(self, visitor: Visitor) -> None:
-        """Run what the visitor has said. A bug ends this visitor, and nothing else."""
-        try:
-            visitor.run_lines()
-        except (Hangup, OSError):
-            raise
+        except OSError:
+            self.hang_up(visitor, Hangup())
         except Exception:
             self.log.who = "?@" + visitor.host
             self.log.error("bug: " + traceback_text())
-            raise Hangup(421, "Something went wrong here, sorry") from None
+            self.hang_up(visitor, Hangup(421, "Something went wrong here, sorry"))
+
+    def on_visitor(self, sock: socket.socket) -> None:
+        """A visitor has sent something, or takes what we could not send."""
+        visitor = self.visitors.get(sock.fileno())
+        if visitor is not None:
+            self.attend(visitor, self.hear, visitor)
+
+    def hear(self, visitor: Visitor) -> None:
+        if visitor.hello:
+            self.start_handshake(visitor)
+            return
+        if visitor.output:
+            self.flush(visitor)
+        else:
+            try:
+                data = visitor.sock.recv(VISITOR_READ, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not data:
+                raise Hangup()
+            visitor.input.feed(data)
+        visitor.run_lines()
 
     def flush(self, visitor: Visitor) -> None:
         """Send what waits; what is not taken now waits for the socket."""
@@ -8042,16 +8086,7 @@ class Server:
                 wait = 0.05                                 # PRIV has its hands full
                 if user:
                     self.defender.withdrawn(visitor.peer.address)
-        self.at(now + wait, lambda: self.later(visitor, lambda: self.begin_login(visitor, user, password)))
-
-    def later(self, visitor: Visitor, action: "Callable[[], None]") -> None:
-        """What a timer does to a visitor, if it is still there."""
-        if visitor.closing:
-            return
-        try:
-            action()
-        except Hangup as end:
-            self.hang_up(visitor, end)
+        self.at(now + wait, lambda: self.attend(visitor, self.begin_login, visitor, user, password))
 
     def start_tls(self, visitor: Visitor) -> Any:
         """Hand the client to a process of its own, which will do the handshake. What it sent with AUTH TLS must not count."""
@@ -8140,7 +8175,7 @@ class Server:
             self.gone_on(visitor, number)
             return
         wait = visitor.refused(verdict)
-        self.at(now + wait, lambda: self.later(visitor, lambda: self.refused_now(visitor, verdict)))
+        self.at(now + wait, lambda: self.attend(visitor, self.refused_now, visitor, verdict))
 
     def failed_login(self, host: str, now: float) -> None:
         _, banned = self.defender.failed(host, now)
@@ -8213,10 +8248,14 @@ SERVER_MESSAGES = {
 }
 
 # ==== TLS process: one client's handshake, login and relay ========================================
-# What SERVER is for everybody, TlsDoor is for the one client that said AUTH TLS: its Visitor asks it for the same things. After the
-# login it is the relay: what OpenSSL decrypts goes to the session's socket and back. It ends when the session does.
+# What SERVER is for everybody, TlsDoor is for the one client that said AUTH TLS: its Visitor asks it for the same
+# things. After the login it is the relay: what OpenSSL decrypts goes to the session's socket and back. It ends when
+# the session does.
 #
-# CCC (RFC 4217 section 12.3) is told by the session with a descriptor beside the reply that is the last one under TLS.
+# CCC (RFC 4217 section 12.3) is told by the session with a descriptor beside the reply that is the last one under
+# TLS.
+
+RELAY_READ = 65536                  # bytes
 
 
 class TlsDoor:
@@ -8228,6 +8267,7 @@ class TlsDoor:
         self.ssl, self.options, self.log, self.channel, self.implicit = ssl, options, log, channel, implicit
         sock.setblocking(False)
         channel.setblocking(False)
+        context.sni_callback = self.on_name
         self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
         self.encrypted = True
         self.visitor = Visitor(self, self.sock, peer._replace(encrypted=True), options, log, negotiated)
@@ -8253,7 +8293,7 @@ class TlsDoor:
 
     # -- OpenSSL -------------------------------------------------------------------------------------
 
-    def patiently(self, action: "Callable[..., Any]", *args: Any, seconds: float = HANDSHAKE_SECONDS) -> Any:
+    def patiently(self, action: "Callable[..., Any]", *args: Any, seconds: float) -> Any:
         """action(*args), again whenever OpenSSL has to read or write first. Raises Hangup when that takes too long."""
         deadline = time.monotonic() + seconds
         while True:
@@ -8272,16 +8312,22 @@ class TlsDoor:
 
     def handshake(self) -> None:
         try:
-            self.patiently(self.sock.do_handshake)
+            self.patiently(self.sock.do_handshake, seconds=HANDSHAKE_SECONDS)
         except (OSError, ValueError) as error:
             self.log.warning("TLS handshake failed: " + tls_reason(error))
             raise Hangup() from None
         self.log.info("TLS: %s with %s" % (self.sock.version(), (self.sock.cipher() or ("?",))[0]))
 
-    def receive(self) -> "bytes | None":
+    def on_name(self, _: Any, name: "str | None", __: Any) -> None:
+        """The host name that the client asks for in its handshake, for back ends that want to know it."""
+        wanted = (name or "").lower().encode("ascii", "replace")
+        if len(wanted) <= SNI_MAX and NAME_IN_CERTIFICATES.issuperset(wanted):
+            self.visitor.negotiated.sni = wanted
+
+    def receive(self, most: int) -> "bytes | None":
         """What the client has sent; None for nothing yet. Raises Hangup at its end."""
         try:
-            data = self.sock.recv(RELAY_READ) if self.encrypted else self.sock.recv(RELAY_READ, socket.MSG_DONTWAIT)
+            data = self.sock.recv(most)
         except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError, BlockingIOError):
             return None
         except OSError:
@@ -8322,9 +8368,6 @@ class TlsDoor:
     def progress(self, visitor: Visitor) -> None:
         self.since = time.monotonic()
 
-    def start_tls(self, visitor: Visitor) -> Any:
-        raise Refuse(503, "TLS is on already")
-
     def begin_login(self, visitor: Visitor, user: bytes, password: bytes) -> None:
         """Have the credentials checked; the session will get the other end of the relay."""
         self.last_id += 1
@@ -8341,31 +8384,42 @@ class TlsDoor:
 
     def round(self) -> None:
         """Wait for something and do what it asks for."""
-        now = time.monotonic()
-        due = self.since + LOGIN_SECONDS if self.timer is None else self.timer[0]
-        for fd, _ in self.poller.poll(max(0.0, due - now) * 1000):
+        for fd, events in self.poller.poll(self.milliseconds()):
             if fd == self.channel.fileno():
                 self.on_channel()
             elif not self.visitor.parked:
                 self.listen()
+            elif events & (select.POLLHUP | select.POLLERR):
+                raise Hangup()                              # it has gone, whatever becomes of its login
         now = time.monotonic()
         if self.timer is not None and now >= self.timer[0]:
             action, self.timer = self.timer[1], None
             action()
-        elif self.timer is None and not self.visitor.parked and now >= self.since + LOGIN_SECONDS:
+        elif not self.visitor.parked and now >= self.since + LOGIN_SECONDS:
             raise Hangup(421, "Timeout: nobody logged in, goodbye")
         self.poller.modify(self.sock, 0 if self.visitor.parked else select.POLLIN)
 
+    def milliseconds(self) -> "float | None":
+        """Till something is due; None: a login is being checked, which ends by itself."""
+        if self.timer is None and self.visitor.parked:
+            return None
+        due = self.since + LOGIN_SECONDS if self.timer is None else self.timer[0]
+        return max(0.0, due - time.monotonic()) * 1000 + 1
+
     def listen(self) -> None:
-        data = self.receive()
-        while data is not None:                             # OpenSSL may hold more than the kernel tells of
+        """Run what the client has sent: all that OpenSSL holds of it, which the kernel does not tell of."""
+        data = self.receive(VISITOR_READ)
+        while data is not None:
             self.visitor.input.feed(data)
             self.visitor.run_lines()
-            data = None if self.visitor.parked else self.receive()
+            data = None if self.visitor.parked else self.receive(VISITOR_READ)
 
     def on_channel(self) -> None:
         """The verdict on a login, or the server's end."""
-        message = self.channel.recv(MESSAGE_MAX)
+        try:
+            message = self.channel.recv(MESSAGE_MAX)
+        except OSError:
+            message = b""
         try:
             if not message or message[0] == STOP:
                 raise Hangup(421, "The server is shutting down, goodbye")
@@ -8384,6 +8438,8 @@ class TlsDoor:
     def refused_now(self, verdict: int) -> None:
         self.progress(self.visitor)
         self.visitor.refused_now(verdict)
+        if not self.visitor.parked:
+            self.listen()
 
     # -- after it ------------------------------------------------------------------------------------
 
@@ -8395,6 +8451,7 @@ class TlsDoor:
         self.poller = select.poll()
         self.poller.register(self.sock, select.POLLIN)
         self.poller.register(relay, select.POLLIN)
+        self.from_client(relay)                             # OpenSSL may have more of a record that began before the login
         while True:
             for fd, _ in self.poller.poll():
                 if fd == relay.fileno():
@@ -8404,10 +8461,10 @@ class TlsDoor:
 
     def from_client(self, relay: socket.socket) -> None:
         try:
-            data = self.receive()
+            data = self.receive(RELAY_READ)
             while data is not None:
                 relay.sendall(data)
-                data = self.receive()
+                data = self.receive(RELAY_READ)
         except (Hangup, OSError):                           # the session finds out, and may have more to say
             self.poller.unregister(self.sock)
             try:
@@ -8443,9 +8500,10 @@ class TlsDoor:
 # (LOGIN)        0 till it is (IDLE)              /                one name, one password nothing
 # (IDLE) ...     the user for good                the user's home  all of its client      STOP (PRIV)
 #
-# PRIV is asked in messages of fixed size, in which no client has a say but in LOGIN, whose variable part it passes on unread.
-# What it does as root are the root_* functions below. uids and root directories are changed by privsep_priv_user(),
-# privsep_unpriv_user(), become() and confine() alone, and a test says so. Each ends the process when the kernel refuses.
+# PRIV is asked in messages of fixed size, in which no client has a say but in LOGIN, whose variable part it passes on
+# unread. What it does as root are the root_* functions below. uids and root directories are changed by
+# privsep_priv_user(), privsep_unpriv_user(), become() and confine() alone, and a test says so. Each ends the process
+# when the kernel refuses.
 #
 # Without root the same processes run under one uid; nothing is raised or dropped, and trees are walked (see Tree).
 
@@ -8512,6 +8570,17 @@ def privsep_unpriv_user(privileges: Privileges) -> None:
             pass
         if os.geteuid() != privileges.uid:
             die("cannot drop root")
+
+
+def privsep_check(privileges: Privileges) -> None:
+    """Raise ConfigError where root may not become anybody else (a container without the capabilities)."""
+    if privileges.root:
+        try:
+            os.seteuid(privileges.uid)
+            os.seteuid(0)
+        except OSError as error:
+            raise ConfigError("root cannot become %s here (%s): give the container the capabilities SETUID, SETGID and "
+                              "SYS_CHROOT, or start as an ordinary user" % (privileges.name, error.strerror)) from None
 
 
 class as_root:
@@ -8582,8 +8651,16 @@ def cage(privileges: Privileges, empty: bytes, log: Log) -> None:
 
 
 def close_others(keep: "list[int]") -> None:
-    """Close every descriptor but 0, 1, 2 and `keep`."""
+    """Close every descriptor but 0, 1, 2 and `keep`.
+
+    Python 3.9 tries each number up to the limit, which may be a million: there /proc tells which are open.
+    """
     import resource
+    if sys.version_info < (3, 10) and os.path.isdir("/proc/self/fd"):
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd not in keep:
+                os.closerange(fd, fd + 1)
+        return
     last = 2
     for fd in sorted(keep):
         os.closerange(last + 1, fd)
@@ -8765,26 +8842,36 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
             account = login_account(setup, request, check.peer)
         except Refused as refusal:
             log.warning("Authentication failed for user [%s] [%s]" % (shown, refusal))
-            transferlog_event(transferlogs_open(setup.options.altlog, log), "refusal", request.user, check.peer.address,
-                              time.time(), reason=str(refusal))
+            refusal_event(setup, request, check.peer, str(refusal))
             verdict = VERDICT_WRONG
         else:
             entry = enter(setup, check, account, request, channel)
             verdict = VERDICT_IN
     except Overcrowded as error:
         log.warning("Login refused for user [%s] [%s]" % (shown, error))
+        refusal_event(setup, request, check.peer, str(error))
         verdict = VERDICT_LIMIT
     except (BackendBroken, ConfigError, MessageError, OSError) as error:
         log.error("Login not possible: %s" % error)
     except Exception:
         log.error("bug: " + traceback_text())
-    check.asker.send(NUMBERED.pack(VERDICT, check.number, verdict))
+    try:
+        check.asker.send(NUMBERED.pack(VERDICT, check.number, verdict))
+    except OSError:
+        pass                                                # who asked is gone; PRIV learns the verdict all the same
     if entry is None:
         os._exit(LOGIN_EXIT + verdict)
     os.close(check.asker.fileno())
     signal.alarm(0)
     channel.send(PLAIN.pack(ADMITTED, 0))
     serve(setup.options, log, entry)
+
+
+def refusal_event(setup: Setup, request: LoginRequest, peer: Peer, reason: str) -> None:
+    """Tell the logs that record events (-O json:) of a login that was refused. As root."""
+    events = tuple((form, path) for form, path in setup.options.altlog if form == "json")
+    logs = transferlogs_open(events, setup.log)
+    transferlog_event(logs, "refusal", request.user, peer.address, time.time(), reason=reason)
 
 
 def serve(options: Any, log: Log, entry: Entry) -> None:
@@ -8898,8 +8985,9 @@ def system_home(name: bytes) -> "bytes | None":
         return None
 
 # ==== Setup =======================================================================================
-# What the options become before anybody is served, at the start and again at SIGHUP: listening sockets, certificates, the empty directory,
-# the list of our own files. Everything here is the administrator's; a mistake in it is a ConfigError, and nothing has changed then.
+# What the options become before anybody is served, at the start and again at SIGHUP: listening sockets, certificates,
+# the empty directory, the list of our own files. Everything here is the administrator's; a mistake in it is a
+# ConfigError, and nothing has changed then.
 
 ALIASES_FILE = "/etc/pure-ftpd/pureftpd-dir-aliases"
 SYSTEMD_FIRST_FD = 3
@@ -9021,10 +9109,10 @@ def own_files(options: Any) -> OwnFiles:
     """Every file of the server that a session without chroot must leave alone."""
     files = [os.path.abspath(__file__), *options.configfiles, *options.certfile]
     files += [path for _, path in options.altlog] + [options.pidfile or "", options.fortunesfile or "", options.extcert or ""]
-    for method, path in options.login:
+    for _, path in options.login:
         if path:
             files += [path, os.path.splitext(path)[0] + ".passwd"]
-    return OwnFiles([os.fsencode(path) for path in files if path], [os.fsencode(options.statedir)])
+    return OwnFiles([os.fsencode(path) for path in files if path], [os.fsencode(options.statedir), b"/proc"])     # our memory, too
 
 
 def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | None" = None) -> Setup:
@@ -9062,9 +9150,10 @@ def certificates_read(options: Any, log: Log) -> "Certificates | None":
     return Certificates(options, log)
 
 # ==== PRIV: the parent of all =====================================================================
-# PRIV forks: SERVER, a login child for each LOGIN, a TLS process for each STARTTLS; and it answers what these ask. Each has a channel of its
-# own, so PRIV knows who speaks and what it may ask (MONITOR_ANSWERS). It waits for nothing but messages and signals. A malformed
-# or unexpected message closes its channel, which ends the process at the other side, and harms nobody else.
+# PRIV forks: SERVER, a login child for each LOGIN, a TLS process for each STARTTLS; and it answers what these ask.
+# Each has a channel of its own, so PRIV knows who speaks and what it may ask (MONITOR_ANSWERS). It waits for nothing
+# but messages and signals. A malformed or unexpected message closes its channel, which ends the process at the other
+# side, and harms nobody else.
 
 SIGTERM = int(signal.SIGTERM)
 STATE_SERVER, STATE_TLS, STATE_LOGIN, STATE_SESSION = "SERVER", "TLS", "LOGIN", "SESSION"
@@ -9286,6 +9375,7 @@ class Monitor:
                 self.tell(child, message)
 
     def drop_channel(self, child: Child) -> None:
+        self.end_consultations(child)
         if child.channel.fileno() >= 0:
             self.selector.unregister(child.channel)
             child.channel.close()
@@ -9322,12 +9412,14 @@ class Monitor:
         if len(fds) != 1:
             raise MessageError("LOGIN without a socket")
         peer = child.peer or peer_of(fds[0])
-        if len(self.waiting) + len(self.consulting) > self.setup.options.maxclientsnumber:
+        full = len(self.waiting) + len(self.consulting) > self.setup.options.maxclientsnumber
+        if full or peer is None:                            # None: the client is gone already
             os.close(fds.pop())
             self.tell(child, NUMBERED.pack(VERDICT, number, VERDICT_BROKEN))
             return
         login = Check(number, message, fds.pop(), peer, child.channel, child.tls), child
         if child.state == STATE_TLS:
+            self.end_consultations(child)
             self.consult(*login)
         else:
             self.waiting.append(login)
@@ -9339,6 +9431,11 @@ class Monitor:
         self.consulting[self.consultations] = check, asker
         if self.server is not None:
             self.tell(self.server, consult_message(self.consultations, check.peer.address))
+
+    def end_consultations(self, asker: Child) -> None:
+        """What this TLS process asked for and has not got is not wanted any more."""
+        for number in [number for number, (_, child) in self.consulting.items() if child is asker]:
+            os.close(self.consulting.pop(number)[0].client)
 
     def on_granted(self, child: Child, message: bytes, fds: "list[int]") -> None:
         _, number, refused = numbered_parse(message)
@@ -9363,17 +9460,23 @@ class Monitor:
         """Fork children for those who wait, as many as may be at work at once."""
         while self.waiting and self.checks < LOGIN_CHECKS:
             check, asker = self.waiting.popleft()
+            begun = False
             try:
                 if asker.channel.fileno() >= 0:
-                    child = self.fork(STATE_LOGIN, lambda channel: login_child(self.setup, check, channel),
+                    child = self.fork(STATE_LOGIN, self.checking(check),
                                       number=check.number, peer=check.peer, asker=asker, altlog=self.setup.options.altlog)
-                    child.consultation = check.consultation
+                    child.consultation, begun = check.consultation, True
                     self.checks += 1
             except OSError as error:
                 self.setup.log.error("cannot fork: %s" % error.strerror)
                 self.tell(asker, NUMBERED.pack(VERDICT, check.number, VERDICT_BROKEN))
             finally:
                 os.close(check.client)
+            if check.consultation and not begun:
+                self.tell_servers(NUMBERED.pack(OUTCOME, check.consultation, VERDICT_BROKEN))
+
+    def checking(self, check: Check) -> "Callable[[socket.socket], None]":
+        return lambda channel: login_child(self.setup, check, channel)
 
     def check_done(self) -> None:
         self.checks -= 1
@@ -9390,18 +9493,24 @@ class Monitor:
         number, negotiated = starttls_parse(message)
         if len(fds) != 1 or self.setup.certificates is None:
             raise MessageError("STARTTLS without a socket, or without TLS")
-        client, peer = fds.pop(), None
+        client = fds.pop()
         try:
-            peer = peer_of(client)._replace(encrypted=True)
-            with as_root(self.setup.privileges):
-                context = self.setup.certificates.context(negotiated.sni)
-            self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
-                      number=number, peer=peer, asker=child, tls=context)
-        except (OSError, MessageError) as error:
-            self.setup.log.error("no TLS for %s: %s" % (peer.address if peer else "a client", error))
+            peer = peer_of(client)
+            if peer is None:
+                raise OSError(errno.ENOTCONN, "it is gone already")
+            self.fork_tls(child, number, client, peer._replace(encrypted=True), negotiated)
+        except OSError as error:
+            self.setup.log.error("no TLS for a client: %s" % error)
             self.tell(child, NUMBERED.pack(ENDED, number, 0))
         finally:
             os.close(client)
+
+    def fork_tls(self, asker: Child, number: int, client: int, peer: Peer, negotiated: Negotiated) -> None:
+        assert self.setup.certificates is not None
+        with as_root(self.setup.privileges):
+            context = self.setup.certificates.context(negotiated.sni)
+        self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
+                  number=number, peer=peer, asker=asker, tls=context)
 
     def tls_child(self, channel: socket.socket, client: int, context: Any, negotiated: Negotiated, peer: Peer) -> None:
         setup = self.setup
@@ -9481,13 +9590,19 @@ MONITOR_ANSWERS = {
 }
 
 
-def peer_of(fd: int) -> Peer:
-    """Both ends of a client's connection, as the kernel knows them, whatever SERVER says. Raises MessageError."""
+def peer_of(fd: int) -> "Peer | None":
+    """Both ends of a client's connection, as the kernel knows them, whatever SERVER says; None when it is over.
+
+    Raises MessageError for what is no such connection.
+    """
     sock = socket.socket(fileno=os.dup(fd))
     with sock:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
             raise MessageError("not a client's socket")
-        there, here = sock.getpeername(), sock.getsockname()
+        try:
+            there, here = sock.getpeername(), sock.getsockname()
+        except OSError:
+            return None
     return Peer(address_normal(there[0]), there[1], here[0], here[1])
 
 
@@ -11385,8 +11500,8 @@ def tool_statsdecode(argv: "list[str]") -> int:
     return 0
 
 # ==== Starting ====================================================================================
-# From a command line to Monitor.run(): options, listening sockets, state directory, log, pid file. Mistakes end here, with one line on
-# stderr and exit status 1, before anybody is served. Nothing of a client is read in this section.
+# From a command line to Monitor.run(): options, listening sockets, state directory, log, pid file. Mistakes end here,
+# with one line on stderr and exit status 1, before anybody is served. Nothing of a client is read in this section.
 
 PROGRAM = "pure-ftpd"
 USAGE = "usage: pureftpd.py [options] [configuration file]\n       pureftpd.py TOOL ...    with TOOL one of: %s"
@@ -11420,6 +11535,16 @@ def pidfile_write(path: str) -> None:
             file.write("%d\n" % os.getpid())
     except OSError as error:
         raise ConfigError(f"-g {path}: {error.strerror}") from None
+
+
+def pidfile_remove(path: str) -> None:
+    """Remove the file unless another server has written it anew."""
+    try:
+        with open(path) as file:
+            if file.read(32) == "%d\n" % os.getpid():
+                os.unlink(path)
+    except OSError:
+        pass
 
 
 def daemonize() -> None:
@@ -11464,9 +11589,14 @@ def announce(setup: Setup, listeners: "list[Listener]") -> None:
 def serve_forever(argv: "list[str]", options: Any) -> int:
     """Be the daemon until it is told to end; the exit status. Raises ConfigError."""
     privileges = privsep_account()
+    privsep_check(privileges)
     inetd = inetd_client()
     log = Log(options.syslogfacility, options.logpid, options.verboselog)
+    if privileges.name == PRIVSEP_USERS[-1]:
+        log.warning("Running as %s, which other services may share: create a user called %s" % (
+            privileges.name, PRIVSEP_USERS[0]))
     setup = setup_read(options, log, privileges)
+    scoreboard_read(options.statedir)                   # which removes the entries that a server killed with -9 has left
     listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
     title_area_prepare()
@@ -11482,7 +11612,7 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
     finally:
         if not inetd:
             with as_root(privileges):
-                os.unlink(pidfile)
+                pidfile_remove(pidfile)
         if pipe is not None:
             os.close(pipe)
 
