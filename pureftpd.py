@@ -221,6 +221,17 @@ def memory_trim() -> None:
         trim(0)
 
 
+def wipe(*secrets: bytes) -> None:
+    """Overwrite bytes objects that nobody will read again, so that no password stays in freed memory, which children inherit.
+
+    CPython's only, and not for objects that it shares: those of one byte and of none.
+    """
+    if libc.library is not None and sys.implementation.name == "cpython":
+        for secret in secrets:
+            if len(secret) > 1:
+                libc.ctypes.memset(id(secret) + bytes.__basicsize__ - 1, 0, len(secret))
+
+
 def signal_default(number: int) -> None:
     """Let a signal end this process again. signal.signal() would spend 0.3 ms of a fresh child on its enums (copied pages)."""
     if libc.library is not None:
@@ -2568,7 +2579,9 @@ def extauth_account(user: bytes, answer: bytes) -> "Account | None":
 
 def extauth_check(path: str, user: bytes, password: bytes, peer: Peer, log: Any) -> "Account | None":
     """The account that pure-authd answers. Compat: without it nobody gets in; the original asks the next back end."""
-    answer = extauth_ask(path, extauth_question(user, password, peer), log)
+    question = extauth_question(user, password, peer)
+    answer = extauth_ask(path, question, log)
+    wipe(question)
     if not answer:
         log.warning(f"extauth: {path}: an empty answer about {printable(user)}, taken for: no such user")
     return extauth_account(user, answer)
@@ -2624,7 +2637,7 @@ def authenticate(options: Any, user: bytes, password: bytes, peer: Peer, log: An
     """
     if not access_is_trusted(options.trustedip, peer):
         raise Refused(f"{peer.local_address} is for anonymous users only (-V)")
-    if not user or any(byte in user + password for byte in b"\n\r\0"):
+    if not user or any(byte in text for text in (user, password) for byte in b"\n\r\0"):
         raise Refused("a name or password that cannot be")
     chain = authentication_chain(options)
     for name, argument in chain:
@@ -2750,7 +2763,7 @@ def login_message(request: LoginRequest) -> bytes:
     if any(len(field) > most for field, most in zip(fields, LOGIN_LIMITS)):
         raise ValueError("a field of LOGIN is too long")
     head = LOGIN_HEAD.pack(LOGIN, request.id, request.negotiated.flags(), request.negotiated.facts, *map(len, fields))
-    return head + b"".join(fields)
+    return b"".join((head, *fields))                       # one object: whoever sends it wipes the password from memory
 
 
 def login_parse(message: bytes) -> LoginRequest:
@@ -2868,6 +2881,12 @@ class ControlInput:
         self.buffer = self.buffer[self.start:] + data
         self.start = 0
 
+    def wipe(self) -> None:
+        """Leave nothing of what has been handed out in memory."""
+        past, self.buffer, self.start = self.buffer, self.buffer[self.start:], 0
+        if self.buffer is not past:
+            wipe(past)
+
     def pending(self) -> bytes:
         """What has come and was not handed out."""
         return self.buffer[self.start:]
@@ -2879,9 +2898,12 @@ class ControlInput:
             raise Hangup(421, "That line is too long, goodbye")
         if end < 0:
             return None
-        raw = self.buffer[self.start:end]
+        raw = self.buffer[self.start:end - self.buffer.endswith(b"\r", self.start, end)]
         self.start = end + 1
-        return command_line(raw)
+        line = command_line(raw)
+        if raw[:4].upper() == b"PASS":
+            wipe(raw)
+        return line
 
     def holds(self, verb: bytes) -> bool:
         """Whether a complete line that waits is this command (ABOR, above all)."""
@@ -3145,19 +3167,25 @@ class OwnFiles:
 
     def add(self, path: bytes, inodes: "set[tuple[int, int]]") -> None:
         for name in {os.path.abspath(path), os.path.realpath(path)}:
-            parent = os.path.dirname(name)
+            above = name
+            while above != os.path.dirname(above):
+                above = os.path.dirname(above)
+                self.note(above, self.ancestors)
+            self.note(name, inodes)
             try:
-                st = os.stat(parent)
-                self.places.add((st.st_dev, st.st_ino, os.path.basename(name)))
-                self.names.add(os.path.basename(name))
-                st = os.stat(name)
-                inodes.add((st.st_dev, st.st_ino))
+                st = os.stat(os.path.dirname(name))
             except OSError:
                 continue
-            while parent != os.path.dirname(parent):
-                st = os.stat(parent)
-                self.ancestors.add((st.st_dev, st.st_ino))
-                parent = os.path.dirname(parent)
+            self.places.add((st.st_dev, st.st_ino, os.path.basename(name)))
+            self.names.add(os.path.basename(name))
+
+    @staticmethod
+    def note(path: bytes, inodes: "set[tuple[int, int]]") -> None:
+        try:
+            st = os.stat(path)
+        except OSError:
+            return                                      # it is not there (yet)
+        inodes.add((st.st_dev, st.st_ino))
 
 
 class WalkedTree(Tree):
@@ -5968,6 +5996,173 @@ class Stream:
             self.moved += written
             count -= written
 
+# ==== TLS streams =================================================================================
+# RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for any
+# other stream. The end of the data must be announced (close_notify), in both directions: a connection that just ends may
+# have been cut off by somebody on the way.
+#
+# A data connection that resumes the TLS session of the control connection belongs to this login. OpenSSL's clients use a
+# ticket of TLS 1.3 once (RFC 8446, C.4), so downloads give them a new one. Uploads do not: a client that closes without having
+# read it resets the connection, which destroys what it has sent (measured: 31 of 60 uploads by curl).
+#
+# hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
+
+HANDSHAKE_SECONDS = 30
+GOODBYE_SECONDS = 3.0               # for the other side's close_notify
+TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
+TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
+NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
+
+
+def tls_reason(error: Exception) -> str:
+    """Why TLS or a certificate does not work, in a few words."""
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+
+
+def hello_name(data: bytes) -> "bytes | None":
+    """The host name in the start of a ClientHello; b"" for none, None when more bytes are needed (RFC 8446 4.1.2, RFC 6066 3).
+
+    SERVER looks at it to choose a certificate. What it cannot understand it leaves to OpenSSL.
+    """
+    if len(data) < 5:
+        return None
+    length = int.from_bytes(data[3:5], "big")
+    if data[0] != 22 or length > 16384:
+        return b""
+    if len(data) < 5 + length:
+        return None
+    try:
+        rest = data[5 + 4 + 2 + 32:5 + length]                          # behind type, length, version, random
+        rest = rest[1 + rest[0]:]                                       # session id
+        rest = rest[2 + int.from_bytes(rest[:2], "big"):]               # cipher suites
+        rest = rest[1 + rest[0]:][2:]                                   # compression methods; length of the extensions
+        while rest:
+            kind, size = int.from_bytes(rest[:2], "big"), int.from_bytes(rest[2:4], "big")
+            if kind == 0:
+                name = rest[4 + 5:4 + 5 + int.from_bytes(rest[7:9], "big")].lower()
+                return name if len(name) < 254 and NAME_IN_CERTIFICATES.issuperset(name) else b""
+            rest = rest[4 + size:]
+    except IndexError:
+        pass
+    return b""
+
+
+class Resumption:
+    """TLSSessionReuse (off, auto, on): whether a data connection may be one that does not resume the login's TLS session."""
+
+    def __init__(self, mode: str, ends: float) -> None:
+        """`ends`: from when on (monotonic) the client's tickets are too old."""
+        self.mode, self.ends = mode, ends
+        self.begun = False                              # a data connection has resumed it: the client can
+        self.ticket = True                              # the client has a ticket that it has not used
+
+    def suffices(self, sock: Any, gives_ticket: bool, now: float) -> bool:
+        """Whether the data connection is good enough; takes note of what it was."""
+        resumed = sock.session_reused
+        possible = now < self.ends and (self.ticket or sock.version() != "TLSv1.3")
+        if not resumed and (self.mode == "on" or self.mode == "auto" and self.begun and possible):
+            return False
+        self.begun = self.begun or resumed
+        self.ticket = gives_ticket or self.ticket and not resumed
+        return True
+
+
+class TlsStream(Stream):
+    """A data connection under TLS (PROT P)."""
+
+    spliced = False
+
+    def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
+                 progress: "Callable[[int], None] | None", context: Any, loose: bool) -> None:
+        """Does the handshake. Raises DataLost when it fails; `sock` is closed then."""
+        import ssl
+        super().__init__(sock, attention, rate, HANDSHAKE_SECONDS, progress)
+        self.ssl, self.loose = ssl, loose
+        self.ended: "Exception | None" = None           # why nothing more can be received
+        self.told_end = False                           # the client has said that it has sent everything
+        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+        try:
+            self.patiently(self.sock.do_handshake)
+        except BaseException as error:
+            self.sock.close()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
+            raise DataLost("the TLS handshake failed: " + tls_reason(error)) from None
+        self.idle = idle
+        self.started = time.monotonic()
+
+    def patiently(self, action: "Callable[..., Any]", *args: Any) -> Any:
+        """action(*args), again whenever OpenSSL has to read or write first: with the same arguments, as it demands."""
+        while True:
+            try:
+                return action(*args)
+            except self.ssl.SSLWantReadError:
+                self.wait_readable()
+            except self.ssl.SSLWantWriteError:
+                self.wait_writable()
+
+    def send_some(self, data: "bytes | memoryview") -> int:
+        try:
+            return self.patiently(self.sock.send, data[:TLS_CHUNK])
+        except self.ssl.SSLError as error:
+            raise DataLost(tls_reason(error)) from None
+
+    def send_file(self, fd: int, offset: int, end: int) -> None:
+        """Through one buffer. An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file."""
+        buffer = memoryview(bytearray(TLS_CHUNK))
+        while offset < end:
+            count = os.preadv(fd, [buffer[:end - offset] if end - offset < TLS_CHUNK else buffer], offset)
+            if not count:
+                return
+            self.send(buffer[:count])
+            offset += count
+            self.attention.check_abort()
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """As many records as have come and fit: OpenSSL hands them over one by one, and files like larger pieces."""
+        if self.ended is not None:
+            raise self.ended
+        filled = 0
+        try:
+            while filled < len(buffer):
+                count = self.sock.recv_into(buffer[filled:])
+                if not count:
+                    self.told_end = True
+                    break
+                filled += count
+        except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
+            if not filled:
+                raise BlockingIOError(errno.EAGAIN, "") from None
+        except OSError as error:
+            self.ended = self.end_of(error)
+            if not filled and self.ended is not None:
+                raise self.ended from None
+        return filled
+
+    def end_of(self, error: OSError) -> "Exception | None":
+        """What an error at the end of the data means; None when it is as good as a proper end (TLSLooseClose)."""
+        ragged = isinstance(error, self.ssl.SSLEOFError) or tls_reason(error) == "UNEXPECTED_EOF_WHILE_READING"     # until 3.9
+        if ragged and self.loose:
+            return None
+        return DataLost("closed without close_notify, so what came may not be all" if ragged else tls_reason(error))
+
+    def finish_sending(self) -> None:
+        """Send close_notify, and wait a little for the other one: then the client has read everything."""
+        self.idle = GOODBYE_SECONDS
+        try:
+            self.patiently(self.sock.unwrap)
+        except (OSError, ValueError, TimedOut):
+            pass                                        # it closed without a word, or does not answer: ours was sent
+
+    def close(self) -> None:
+        """Answer the client's close_notify. Who breaks off sends none, so that the client knows that something is missing."""
+        if self.told_end:
+            try:
+                self.sock.unwrap()
+            except (OSError, ValueError):
+                pass                                    # it does not wait for it
+        self.sock.close()
+
 # ==== TLS certificates ============================================================================
 # A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes
 # on with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a
@@ -6154,150 +6349,6 @@ def certificate_make(options: Any, log: Log) -> None:
     finally:
         os.umask(mask)
     log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
-
-# ==== TLS streams =================================================================================
-# RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for
-# any other stream. The end of the data must be announced (close_notify), in both directions: a connection that just
-# ends may have been cut off by somebody on the way. No tickets are sent here (Session sees to that): a client that
-# closes at once would answer them with a reset, which destroys what it has uploaded.
-#
-# hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
-
-HANDSHAKE_SECONDS = 30
-GOODBYE_SECONDS = 3.0               # for the other side's close_notify
-TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
-TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
-NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
-
-
-def tls_reason(error: Exception) -> str:
-    """Why TLS or a certificate does not work, in a few words."""
-    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-
-
-def hello_name(data: bytes) -> "bytes | None":
-    """The host name in the start of a ClientHello; b"" for none, None when more bytes are needed (RFC 8446 4.1.2, RFC 6066 3).
-
-    SERVER looks at it to choose a certificate. What it cannot understand it leaves to OpenSSL.
-    """
-    if len(data) < 5:
-        return None
-    length = int.from_bytes(data[3:5], "big")
-    if data[0] != 22 or length > 16384:
-        return b""
-    if len(data) < 5 + length:
-        return None
-    try:
-        rest = data[5 + 4 + 2 + 32:5 + length]                          # behind type, length, version, random
-        rest = rest[1 + rest[0]:]                                       # session id
-        rest = rest[2 + int.from_bytes(rest[:2], "big"):]               # cipher suites
-        rest = rest[1 + rest[0]:][2:]                                   # compression methods; length of the extensions
-        while rest:
-            kind, size = int.from_bytes(rest[:2], "big"), int.from_bytes(rest[2:4], "big")
-            if kind == 0:
-                name = rest[4 + 5:4 + 5 + int.from_bytes(rest[7:9], "big")].lower()
-                return name if len(name) < 254 and NAME_IN_CERTIFICATES.issuperset(name) else b""
-            rest = rest[4 + size:]
-    except IndexError:
-        pass
-    return b""
-
-
-class TlsStream(Stream):
-    """A data connection under TLS (PROT P)."""
-
-    spliced = False
-
-    def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
-                 progress: "Callable[[int], None] | None", context: Any, loose: bool) -> None:
-        """Does the handshake. Raises DataLost when it fails; `sock` is closed then."""
-        import ssl
-        super().__init__(sock, attention, rate, HANDSHAKE_SECONDS, progress)
-        self.ssl, self.loose = ssl, loose
-        self.ended: "Exception | None" = None           # why nothing more can be received
-        self.told_end = False                           # the client has said that it has sent everything
-        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
-        try:
-            self.patiently(self.sock.do_handshake)
-        except BaseException as error:
-            self.sock.close()
-            if not isinstance(error, (OSError, ValueError)):
-                raise
-            raise DataLost("the TLS handshake failed: " + tls_reason(error)) from None
-        self.idle = idle
-        self.started = time.monotonic()
-
-    def patiently(self, action: "Callable[..., Any]", *args: Any) -> Any:
-        """action(*args), again whenever OpenSSL has to read or write first: with the same arguments, as it demands."""
-        while True:
-            try:
-                return action(*args)
-            except self.ssl.SSLWantReadError:
-                self.wait_readable()
-            except self.ssl.SSLWantWriteError:
-                self.wait_writable()
-
-    def send_some(self, data: "bytes | memoryview") -> int:
-        try:
-            return self.patiently(self.sock.send, data[:TLS_CHUNK])
-        except self.ssl.SSLError as error:
-            raise DataLost(tls_reason(error)) from None
-
-    def send_file(self, fd: int, offset: int, end: int) -> None:
-        """Through one buffer. An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file."""
-        buffer = memoryview(bytearray(TLS_CHUNK))
-        while offset < end:
-            count = os.preadv(fd, [buffer[:end - offset] if end - offset < TLS_CHUNK else buffer], offset)
-            if not count:
-                return
-            self.send(buffer[:count])
-            offset += count
-            self.attention.check_abort()
-
-    def receive_into(self, buffer: memoryview) -> int:
-        """As many records as have come and fit: OpenSSL hands them over one by one, and files like larger pieces."""
-        if self.ended is not None:
-            raise self.ended
-        filled = 0
-        try:
-            while filled < len(buffer):
-                count = self.sock.recv_into(buffer[filled:])
-                if not count:
-                    self.told_end = True
-                    break
-                filled += count
-        except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError):
-            if not filled:
-                raise BlockingIOError(errno.EAGAIN, "") from None
-        except OSError as error:
-            self.ended = self.end_of(error)
-            if not filled and self.ended is not None:
-                raise self.ended from None
-        return filled
-
-    def end_of(self, error: OSError) -> "Exception | None":
-        """What an error at the end of the data means; None when it is as good as a proper end (TLSLooseClose)."""
-        ragged = isinstance(error, self.ssl.SSLEOFError) or tls_reason(error) == "UNEXPECTED_EOF_WHILE_READING"     # until 3.9
-        if ragged and self.loose:
-            return None
-        return DataLost("closed without close_notify, so what came may not be all" if ragged else tls_reason(error))
-
-    def finish_sending(self) -> None:
-        """Send close_notify, and wait a little for the other one: then the client has read everything."""
-        self.idle = GOODBYE_SECONDS
-        try:
-            self.patiently(self.sock.unwrap)
-        except (OSError, ValueError, TimedOut):
-            pass                                        # it closed without a word, or does not answer: ours was sent
-
-    def close(self) -> None:
-        """Answer the client's close_notify. Who breaks off sends none, so that the client knows that something is missing."""
-        if self.told_end:
-            try:
-                self.sock.unwrap()
-            except (OSError, ValueError):
-                pass                                    # it does not wait for it
-        self.sock.close()
 
 # ==== Session: one user's process =================================================================
 # A session serves one client, so its code is straight: a command is a method, and what waits, waits in Attention. The
@@ -6899,9 +6950,7 @@ class Session(FileCommands):
         self.warned_of_address = False
         self.uploads = 0                                    # STOU's counter
         self.upload_aborted = False                         # by an ABOR whose own turn is to come
-        self.resumes = False                                # a data connection has resumed the TLS session: all must from now on
-        if entry.tls is not None:
-            entry.tls.num_tickets = 0                       # none on data connections
+        self.resumption = Resumption(options.tlssessionreuse, time.monotonic() + TICKET_SECONDS)
         self.limits_prepare()
         self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange or ANY_PORT, foreign, throttle_buffer(self.rate_up))
 
@@ -7115,7 +7164,8 @@ class Session(FileCommands):
     # -- one data connection -------------------------------------------------------------------------
 
     def transfer(self, begin: "str | bytes", rate: int, move: "Callable[[Stream], None]",
-                 progress: "Callable[[int], None] | None" = None) -> "tuple[Stream | None, tuple[int, str] | None]":
+                 progress: "Callable[[int], None] | None" = None, upload: bool = False
+                 ) -> "tuple[Stream | None, tuple[int, str] | None]":
         """Make the data connection, say 150, let `move` do its work: (stream, None), or (stream or None, the reply of the failure).
 
         Everything that can go wrong is told here, once, for all commands. Only a Hangup before the first byte passes.
@@ -7125,7 +7175,7 @@ class Session(FileCommands):
             sock = self.port.connect(self.bind_data_port)
             try:
                 self.reply(150, begin)
-                stream = self.stream(sock, rate, progress)
+                stream = self.stream(sock, rate, progress, upload)
                 self.attention.on_status = lambda: self.reply(213, "%d bytes moved" % (stream.moved if stream else 0))
             except BaseException:
                 sock.close()
@@ -7155,20 +7205,16 @@ class Session(FileCommands):
             if stream is not None:
                 stream.close()
 
-    def stream(self, sock: socket.socket, rate: int, progress: "Callable[[int], None] | None") -> Stream:
-        if not (self.encrypted_data and self.entry.tls):
+    def stream(self, sock: socket.socket, rate: int, progress: "Callable[[int], None] | None", upload: bool) -> Stream:
+        context = self.entry.tls
+        if not (self.encrypted_data and context):
             return Stream(sock, self.attention, rate, self.idle_seconds, progress)
-        stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, self.entry.tls, self.options.tlslooseclose)
-        resumed = stream.sock.session_reused
-        if not resumed and (self.options.tlssessionreuse == "on" or self.resumes and self.resuming_possible()):
+        context.num_tickets = 0 if upload else 1
+        stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, context, self.options.tlslooseclose)
+        if not self.resumption.suffices(stream.sock, not upload, time.monotonic()):
             stream.close()
             raise Refuse(522, "The data connection must resume the TLS session of this login")
-        self.resumes = self.resumes or resumed and self.options.tlssessionreuse == "auto"
         return stream
-
-    def resuming_possible(self) -> bool:
-        """Whether the client's ticket can still be good."""
-        return time.time() - self.started < TICKET_SECONDS
 
     @property
     def encrypted_data(self) -> bool:
@@ -7358,7 +7404,7 @@ class Session(FileCommands):
         stream: "Stream | None" = None
         failure: "tuple[int, str] | None" = (451, "The upload broke off")
         try:
-            stream, failure = self.transfer(begin, self.rate_up, move, self.progress_from(upload.offset))
+            stream, failure = self.transfer(begin, self.rate_up, move, self.progress_from(upload.offset), True)
         finally:
             self.scoreboard(SCOREBOARD_IDLE)
             lines, failure = self.upload_end(upload, meter, failure)
@@ -7483,7 +7529,7 @@ class Session(FileCommands):
         if argument:
             listing = list_blocks(self.tree, argument, self.view())
             self.send(b"213-STAT\r\n")
-            for block in listing:                           # of whole lines; none may look like the last (RFC 959, 4.2)
+            for block in listing:                           # whole lines. Compat: none may look like the last (RFC 959, 4.2)
                 self.send((b"\n" + block).replace(b"\n213 ", b"\n 213 ")[1:])
             return 213, "End."
         kind = "8-bit binary" if self.negotiated.binary else "ASCII"
@@ -7690,6 +7736,9 @@ class Visitor(Conversation):
             if line is None:
                 return
             answer = self.dispatch(line)
+            if line[:4].upper() == b"PASS":
+                wipe(line)
+                self.input.wipe()
             if answer is not None:
                 self.reply(*answer)
 
@@ -7823,7 +7872,7 @@ class Server:
     """The loop, and what it knows of each client of this machine."""
 
     def __init__(self, options: Any, log: Log, channel: socket.socket, listeners: "list[Listener]",
-                 sessions: "dict[int, str]", defender: Defender, last_id: int = 0) -> None:
+                 sessions: "dict[int, str]", defender: Defender, greeting: Greeting, last_id: int = 0) -> None:
         self.options, self.log, self.channel, self.listeners = options, log, channel, listeners
         self.sessions = sessions                            # id of the login: address of its client
         self.defender = defender
@@ -7837,7 +7886,7 @@ class Server:
         self.timers: "list[tuple[float, int, Callable[[], None]]]" = []     # a heap
         self.timer_count = 0
         self.last_id = last_id                              # of a login; the high byte tells SERVERs from each other
-        self.greeting = Greeting(options)
+        self.greeting = greeting
         self.running, self.draining, self.full = True, False, False
         self.spare = os.dup(channel.fileno())               # given up for a moment when descriptors run out
         self.selector = selectors.DefaultSelector()
@@ -7905,14 +7954,18 @@ class Server:
 
     def out_of_descriptors(self, listener: socket.socket) -> None:
         """Give the last one up to take a client out of the queue, which would wake us for ever, and turn it away."""
-        os.close(self.spare)
+        if self.spare >= 0:
+            os.close(self.spare)
         try:
             sock, _ = listener.accept()
-            sock.send(reply_bytes(421, "Too many clients, try again later"), socket.MSG_DONTWAIT)
-            sock.close()
+            with sock:
+                sock.send(reply_bytes(421, "Too many clients, try again later"), socket.MSG_DONTWAIT)
         except OSError:
             pass
-        self.spare = os.dup(self.channel.fileno())
+        try:
+            self.spare = os.dup(self.channel.fileno())
+        except OSError:
+            self.spare = -1
         if not self.full:
             self.full = True
             self.log.error("Out of file descriptors: raise the limit (LimitNOFILE=, ulimit -n) or lower -c")
@@ -8081,6 +8134,7 @@ class Server:
             try:
                 socket.send_fds(self.channel, [message], [visitor.sock.fileno()], socket.MSG_DONTWAIT)
                 self.checking[visitor.id] = visitor
+                wipe(message, password)
                 return
             except BlockingIOError:
                 wait = 0.05                                 # PRIV has its hands full
@@ -8262,9 +8316,10 @@ class TlsDoor:
     """One client of a TLS process."""
 
     def __init__(self, options: Any, log: Log, sock: socket.socket, channel: socket.socket, context: Any, negotiated: Negotiated,
-                 peer: Peer, implicit: bool) -> None:
+                 peer: Peer, greeting: "Greeting | None" = None) -> None:
+        """`greeting`: of a client that began with TLS; who said AUTH TLS has been greeted."""
         import ssl
-        self.ssl, self.options, self.log, self.channel, self.implicit = ssl, options, log, channel, implicit
+        self.ssl, self.options, self.log, self.channel, self.greeting = ssl, options, log, channel, greeting
         sock.setblocking(False)
         channel.setblocking(False)
         context.sni_callback = self.on_name
@@ -8283,8 +8338,8 @@ class TlsDoor:
     def run(self) -> None:
         try:
             self.handshake()
-            if self.implicit:
-                self.visitor.reply(220, Greeting(self.options).text(0, self.visitor.peer.local_port))
+            if self.greeting is not None:
+                self.visitor.reply(220, self.greeting.text(0, self.visitor.peer.local_port))
             while not self.admitted:
                 self.round()
             self.pass_on()
@@ -8799,6 +8854,7 @@ class Setup(NamedTuple):
     statedir: str
     empty: bytes                        # the directory SERVER and TLS are caged in
     aliases: "dict[bytes, bytes]"
+    greeting: Greeting
     certificates: "Certificates | None" # with -Y
     own: "OwnFiles | None"              # without root: the server's own files
     anonymous_root: bytes               # without root: what anonymous users get
@@ -8818,7 +8874,11 @@ class Check(NamedTuple):
 def login_account(setup: Setup, request: LoginRequest, peer: Peer) -> Account:
     """Whose credentials these are. As root. Raises Refused, BackendBroken."""
     if not request.user:
+        if setup.options.noanonymous:
+            raise Refused("anonymous users are not let in (-E)")
         return anonymous_account(setup.options, peer, setup.anonymous_root)
+    if setup.options.anonymousonly:
+        raise Refused("only anonymous users are let in (-e)")
     account = authenticate(setup.options, request.user, request.password, peer, setup.log)
     if not setup.privileges.root:
         account = account._replace(uid=os.geteuid(), gid=os.getegid(), groups=tuple(os.getgroups()))
@@ -8840,6 +8900,7 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
         shown = printable(request.user) or "anonymous"
         try:
             account = login_account(setup, request, check.peer)
+            wipe(request.password)
         except Refused as refusal:
             log.warning("Authentication failed for user [%s] [%s]" % (shown, refusal))
             refusal_event(setup, request, check.peer, str(refusal))
@@ -8855,6 +8916,7 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
         log.error("Login not possible: %s" % error)
     except Exception:
         log.error("bug: " + traceback_text())
+    wipe(check.message)
     try:
         check.asker.send(NUMBERED.pack(VERDICT, check.number, verdict))
     except OSError:
@@ -9107,12 +9169,13 @@ def aliases_read(path: str) -> "dict[bytes, bytes]":
 
 def own_files(options: Any) -> OwnFiles:
     """Every file of the server that a session without chroot must leave alone."""
-    files = [os.path.abspath(__file__), *options.configfiles, *options.certfile]
-    files += [path for _, path in options.altlog] + [options.pidfile or "", options.fortunesfile or "", options.extcert or ""]
+    files = [os.path.abspath(__file__), *options.configfiles, *options.certfile, options.pidfile, options.fortunesfile]
+    files += [path for _, path in options.altlog]
     for _, path in options.login:
         if path:
             files += [path, os.path.splitext(path)[0] + ".passwd"]
-    return OwnFiles([os.fsencode(path) for path in files if path], [os.fsencode(options.statedir), b"/proc"])     # our memory, too
+    directories = [options.statedir, options.extcert, "/proc"]          # /proc: our memory, too
+    return OwnFiles([os.fsencode(path) for path in files if path], [os.fsencode(path) for path in directories if path])
 
 
 def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | None" = None) -> Setup:
@@ -9126,12 +9189,11 @@ def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | Non
         raise ConfigError(f"{empty}: {error.strerror}") from None
     if not options.anonymousonly:
         authentication_preload(options, log)
-    Greeting(options)
     certificates = certificates_read(options, log)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()
-    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE), certificates, own,
-                 anonymous)
+    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE),
+                 Greeting(options), certificates, own, anonymous)
 
 
 def certificates_read(options: Any, log: Log) -> "Certificates | None":
@@ -9272,7 +9334,12 @@ class Monitor:
     # -- children ------------------------------------------------------------------------------------
 
     def fork(self, state: str, function: "Callable[[socket.socket], None]", **known: Any) -> Child:
-        """A child that runs `function(its channel)` and ends; OSError when there can be none."""
+        """A child that runs `function(its channel)` and ends; OSError when there can be none.
+
+        A TLS client has two processes. Whoever has taken SERVER over cannot fill the machine with them.
+        """
+        if state != STATE_SERVER and len(self.children) > 2 * self.setup.options.maxclientsnumber + LOGIN_CHECKS:
+            raise OSError(errno.EAGAIN, "there are more processes than -c can explain")
         ours, theirs = channel_pair()
         try:
             pid = os.fork()
@@ -9316,7 +9383,8 @@ class Monitor:
         privsep_priv_user(setup.privileges)
         cage(setup.privileges, setup.empty, setup.log)
         defender = Defender(setup.options.banafter, setup.options.bantime, setup.options.neverban)
-        server = Server(setup.options, setup.log, channel, self.listeners, sessions, defender, self.generation << 24)
+        server = Server(setup.options, setup.log, channel, self.listeners, sessions, defender, setup.greeting,
+                        self.generation << 24)
         if self.inetd is not None:
             server.welcome(self.inetd, self.inetd.getpeername())
             server.draining = True
@@ -9445,6 +9513,7 @@ class Monitor:
             return
         if refused:
             os.close(check.client)
+            wipe(check.message)
             self.tell(asker, NUMBERED.pack(VERDICT, check.number, VERDICT_WRONG))
         else:
             self.waiting.append((check._replace(consultation=number), asker))
@@ -9472,11 +9541,15 @@ class Monitor:
                 self.tell(asker, NUMBERED.pack(VERDICT, check.number, VERDICT_BROKEN))
             finally:
                 os.close(check.client)
+                wipe(check.message)                         # the next child is somebody else's
             if check.consultation and not begun:
                 self.tell_servers(NUMBERED.pack(OUTCOME, check.consultation, VERDICT_BROKEN))
 
     def checking(self, check: Check) -> "Callable[[socket.socket], None]":
-        return lambda channel: login_child(self.setup, check, channel)
+        def run(channel: socket.socket) -> None:
+            wipe(*[other.message for other, _ in (*self.waiting, *self.consulting.values())])
+            login_child(self.setup, check, channel)
+        return run
 
     def check_done(self) -> None:
         self.checks -= 1
@@ -9519,7 +9592,7 @@ class Monitor:
         privsep_priv_user(setup.privileges)
         cage(setup.privileges, setup.empty, setup.log)
         TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, context, negotiated, peer,
-                negotiated.implicit).run()
+                setup.greeting if negotiated.implicit else None).run()
 
     def on_bindresport(self, child: Child, message: bytes, fds: "list[int]") -> None:
         _, family = plain_parse(message)
@@ -9595,14 +9668,18 @@ def peer_of(fd: int) -> "Peer | None":
 
     Raises MessageError for what is no such connection.
     """
-    sock = socket.socket(fileno=os.dup(fd))
-    with sock:
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        raise MessageError("not a socket") from None
+    try:
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
             raise MessageError("not a client's socket")
-        try:
-            there, here = sock.getpeername(), sock.getsockname()
-        except OSError:
-            return None
+        there, here = sock.getpeername(), sock.getsockname()
+    except OSError:
+        return None
+    finally:
+        sock.detach()
     return Peer(address_normal(there[0]), there[1], here[0], here[1])
 
 
