@@ -2901,7 +2901,7 @@ class ControlInput:
         raw = self.buffer[self.start:end - self.buffer.endswith(b"\r", self.start, end)]
         self.start = end + 1
         line = command_line(raw)
-        if raw[:4].upper() == b"PASS":
+        if line is not raw and raw[:4].upper() == b"PASS":
             wipe(raw)
         return line
 
@@ -7345,8 +7345,9 @@ class Session(FileCommands):
         """Open what an upload will write, leaving what is there as it is. Raises Refuse, OSError."""
         st = self.lstat_or_none(path)
         if st is not None:
-            self.upload_check(st)
-            if self.options.autorename and not append and not offset:
+            fresh = self.options.autorename and not append and not offset
+            self.upload_check(st, fresh)
+            if fresh:
                 path, st = self.free_name(path), None
         size = st.st_size if st is not None else 0
         if offset > size:
@@ -7372,11 +7373,11 @@ class Session(FileCommands):
         except OSError as error:
             raise Refuse(553, error.strerror or "It cannot be written") from None
 
-    def upload_check(self, st: os.stat_result) -> None:
-        """Raise Refuse when what is there may not be replaced. Links are not followed."""
+    def upload_check(self, st: os.stat_result, fresh: bool) -> None:
+        """Raise Refuse when what is there may not be replaced (`fresh`: it will not be). Links are not followed."""
         if not stat.S_ISREG(st.st_mode):
             raise Refuse(553, "That is no regular file")
-        if self.account.anonymous and st.st_size and not self.options.autorename:
+        if self.account.anonymous and st.st_size and not fresh:
             raise Refuse(550, "Anonymous users may not overwrite files")
 
     def free_name(self, path: bytes) -> bytes:
@@ -8568,6 +8569,7 @@ LOGIN_CHECKS = 16                   # credentials that are checked at once; more
 LOGIN_CHECK_SECONDS = 60            # a check that takes longer is ended (a back end hangs)
 LOGIN_EXIT = 10                     # exit status of a login child that let nobody in: this and the VERDICT_*
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
+UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
 NAME_SECONDS = 5                    # for the name of a client's address
 
@@ -9250,6 +9252,7 @@ class Monitor:
         self.consulting: "dict[int, tuple[Check, Child]]" = {}  # by our number: logins of TLS clients that SERVER must permit
         self.consultations = 0
         self.waiting: "deque[tuple[Check, Child]]" = deque()    # logins for which there is no child yet
+        self.unsent: "deque[tuple[Child, bytes]]" = deque()     # messages for which there was no room
         self.checks = 0                                         # children that check credentials now
         self.server: "Child | None" = None                      # the SERVER that accepts; others drain
         self.generation = 0
@@ -9274,9 +9277,13 @@ class Monitor:
 
     def pause(self) -> "float | None":
         due = [when for when in (self.restart_at, self.stop_at) if when is not None]
+        if self.unsent:
+            due.append(time.monotonic() + UNSENT_SECONDS)
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def on_time(self, now: float) -> None:
+        if self.unsent:
+            self.tell_late()
         if self.restart_at is not None and now >= self.restart_at:
             self.restart_at = None
             self.start_server()
@@ -9325,11 +9332,25 @@ class Monitor:
             self.tell(child, PLAIN.pack(STOP, 0))
 
     def tell(self, child: Child, message: bytes) -> None:
-        """Send a message if the child still listens."""
+        """Send a message if the child still listens; to SERVER, when its queue is full, as soon as it is not.
+
+        Any other child that lets its queue fill up does not want to be told anything.
+        """
         try:
+            if any(other is child for other, _ in self.unsent):
+                raise BlockingIOError
             child.channel.send(message, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if child.state == STATE_SERVER:
+                self.unsent.append((child, message))
         except OSError:
-            pass
+            pass                                                # it has ended, which SIGCHLD tells, too
+
+    def tell_late(self) -> None:
+        """Send what did not fit before, in its order."""
+        late, self.unsent = self.unsent, deque()
+        for child, message in late:
+            self.tell(child, message)
 
     # -- children ------------------------------------------------------------------------------------
 
@@ -9374,7 +9395,17 @@ class Monitor:
         for number, (check, _) in self.consulting.items():
             self.tell(self.server, consult_message(number, check.peer.address))
 
+    def forget_secrets(self, tls: Any = None) -> None:
+        """In a child: drop what is not its business, other clients' TLS contexts (with our key) and passwords."""
+        for child in self.children.values():
+            if child.tls is not tls:
+                child.tls = None                                # OpenSSL overwrites keys that it frees
+        wipe(*[check.message for check, _ in (*self.waiting, *self.consulting.values())])
+        self.waiting.clear()
+        self.consulting.clear()
+
     def server_child(self, channel: socket.socket, sessions: "dict[int, str]") -> None:
+        self.forget_secrets()
         setup = self.setup
         keep = [channel.fileno()] + [listener.sock.fileno() for listener in self.listeners]
         keep += [setup.log.socket.fileno()] if setup.log.socket else []
@@ -9547,7 +9578,7 @@ class Monitor:
 
     def checking(self, check: Check) -> "Callable[[socket.socket], None]":
         def run(channel: socket.socket) -> None:
-            wipe(*[other.message for other, _ in (*self.waiting, *self.consulting.values())])
+            self.forget_secrets(check.tls)
             login_child(self.setup, check, channel)
         return run
 
@@ -9586,6 +9617,7 @@ class Monitor:
                   number=number, peer=peer, asker=asker, tls=context)
 
     def tls_child(self, channel: socket.socket, client: int, context: Any, negotiated: Negotiated, peer: Peer) -> None:
+        self.forget_secrets(context)
         setup = self.setup
         close_others([channel.fileno(), client] + ([setup.log.socket.fileno()] if setup.log.socket else []))
         setup.log.who = "?@" + peer.address
