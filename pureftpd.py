@@ -41,12 +41,13 @@ The map, foundation first; no section uses what is below it:
     Commands                                                  the table, and what both sides of the login answer
     Data connections                                          PASV, PORT, and how a session waits
     Streams: the bytes of a data connection                   sendfile, splice, ASCII
-    TLS                                                       contexts, certificates, TLS data connections
+    TLS streams                                               data connections under TLS, and a look at a ClientHello
     Session: one user's process                               greeting, loop, replies
     Session: files and directories                            CWD ... SITE
     Session: transfers and listings                           RETR, STOR, LIST ...
     Defender                                                  guessing passwords is made slow
     SERVER: everybody who has not logged in                   one loop for all visitors
+    TLS certificates                                          files -> SSLContext, a fresh one for each client
     TLS process: one client's handshake, login and relay      TlsDoor
     Privilege separation: everything that may run as root     read this with suspicion
     Setup                                                     what options become: sockets, certificates, own files
@@ -6163,193 +6164,6 @@ class TlsStream(Stream):
                 pass                                    # it does not wait for it
         self.sock.close()
 
-# ==== TLS certificates ============================================================================
-# A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes
-# on with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a
-# plain socket. So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the
-# certificate's key.
-#
-# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next
-# client. TLS process and session inherit that one context, so a data connection that resumes a TLS session resumes
-# one of this very login: no other context's ticket keys open it.
-
-EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
-CERTIFICATE_MAX = 1 << 20           # bytes of a file
-
-
-class Certificates:
-    """The certificate files, and what was good of them the last time. For PRIV, as root."""
-
-    def __init__(self, options: Any, log: Log) -> None:
-        """Raises ConfigError when they cannot be used now."""
-        import ssl
-        self.ssl, self.options, self.log = ssl, options, log
-        self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
-        self.complained: "set[tuple[str, str]]" = set()
-        try:
-            self.context_of(options.certfile)
-            self.warn_of_expiry()
-        except (OSError, ValueError) as error:
-            raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
-                ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
-
-    def context(self, name: bytes) -> Any:
-        """A fresh SSLContext for a client that asked for host `name`. Raises OSError when there is no usable certificate."""
-        host = self.of_host(name) if name and self.options.extcert else None
-        context = self.context_or_last(host) if host else None
-        if context is None:
-            context = self.context_or_last(self.options.certfile)
-        if context is None:
-            raise OSError(errno.ENOENT, "there is no usable certificate")
-        return context
-
-    def context_or_last(self, paths: "tuple[str, str]") -> Any:
-        """An SSLContext from these files, or from what they held when they were good; None when they never were."""
-        try:
-            context = self.context_of(paths)
-            self.complained.discard(paths)
-            return context
-        except (OSError, ValueError) as error:
-            if paths not in self.complained:
-                self.complained.add(paths)
-                remedy = "; the old one stays in use" if paths in self.good else ""
-                self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
-        if paths not in self.good:
-            return None
-        return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
-
-    def of_host(self, name: bytes) -> "tuple[str, str] | None":
-        """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
-        wanted = name.lower().decode("ascii", "replace") + ".pem"
-        try:
-            with os.scandir(self.options.extcert) as entries:
-                return next(((entry.path, entry.path) for entry in entries if entry.name.lower() == wanted), None)
-        except OSError:
-            return None
-
-    def context_of(self, paths: "tuple[str, str]") -> Any:
-        """An SSLContext from these files, whose content is kept. Raises OSError, ValueError."""
-        context = tls_context(self.ssl, self.options, *paths)
-        if hasattr(os, "memfd_create"):
-            old = self.good.get(paths, [])
-            if not old or not all(file_is(path, fd) for path, fd in zip(paths, old)):
-                self.good[paths] = [memory_copy(path) for path in paths]
-                for fd in old:
-                    os.close(fd)
-        return context
-
-    def warn_of_expiry(self) -> None:
-        with open(self.options.certfile[0], encoding="ascii", errors="replace") as file:
-            ends = certificate_end(self.ssl, file.read(CERTIFICATE_MAX))
-        if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
-            self.log.warning("The certificate %s %s %s" % (
-                self.options.certfile[0], "ends" if ends > time.time() else "has ended",
-                time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
-
-
-def memory_copy(path: str) -> int:
-    """A memfd with the content of a file. Raises OSError."""
-    with open(path, "rb") as file:
-        data = file.read(CERTIFICATE_MAX)
-    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
-    os.write(fd, data)
-    return fd
-
-
-def file_is(path: str, fd: int) -> bool:
-    """Whether the file still has the content that `fd` keeps."""
-    with open(path, "rb") as file:
-        return file.read(CERTIFICATE_MAX) == os.pread(fd, CERTIFICATE_MAX, 0)
-
-
-def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
-    """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    lowest_version(ssl, context, options.tlsminversion)
-    context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
-    context.set_alpn_protocols(["ftp"])
-    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
-    while ciphers[:3] in ("-C:", "-S:"):
-        if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
-            context.verify_mode = ssl.CERT_REQUIRED
-            context.load_verify_locations(certificate)
-        ciphers = ciphers[3:]
-    if ciphers:
-        context.set_ciphers(ciphers)
-    return context
-
-
-def lowest_version(ssl: Any, context: Any, version: str) -> None:
-    """--tlsminversion. Python warns of 1.0 and 1.1, but an administrator who asks for them has been warned."""
-    import warnings
-    names = {"1.0": "TLSv1", "1.1": "TLSv1_1", "1.2": "TLSv1_2", "1.3": "TLSv1_3"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        context.minimum_version = getattr(ssl.TLSVersion, names[version])
-
-
-def certificate_end(ssl: Any, pem: str) -> "float | None":
-    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1)."""
-    start = pem.find("-----BEGIN CERTIFICATE-----")
-    end = pem.find("-----END CERTIFICATE-----", start)
-    try:
-        der = ssl.PEM_cert_to_DER_cert(pem[start:end] + "-----END CERTIFICATE-----\n")
-        body = der_items(der_items(der_items(der)[0][1])[0][1])         # Certificate, TBSCertificate
-        fields = body[1:] if body[0][0] == 0xA0 else body               # the version is optional
-        kind, text = der_items(fields[3][1])[1]                         # Validity: notBefore, notAfter
-        century = b"" if kind == 24 else b"20" if text[:1] < b"5" else b"19"
-        return stamp_parse(century + text.rstrip(b"Z"))
-    except (ValueError, IndexError):
-        return None
-
-
-def der_items(data: bytes) -> "list[tuple[int, bytes]]":
-    """(tag, content) of each item in DER. Raises IndexError for what is cut off."""
-    items, at = [], 0
-    while at < len(data):
-        tag, length, at = data[at], data[at + 1], at + 2
-        if length & 128:
-            count = length & 127
-            length, at = int.from_bytes(data[at:at + count], "big"), at + count
-        items.append((tag, data[at:at + length]))
-        at += length
-    return items
-
-
-def certificate_make(options: Any, log: Log) -> None:
-    """--tlsselfsigned: a self-signed certificate where there is none, for the key that may be there already. Raises ConfigError."""
-    import subprocess
-    certificate, key = options.certfile
-    if os.path.exists(certificate):
-        return
-    host = socket.gethostname() or "localhost"
-    own_key = ["-key", key] if os.path.exists(key) else [
-        "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key + ".new"]
-    mask = os.umask(0o077)
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(certificate)), 0o755, exist_ok=True)
-        made = subprocess.run(["openssl", "req", "-x509", *own_key, "-days", "3650", "-subj", "/CN=" + host[:64],
-                               "-addext", "subjectAltName=DNS:" + host, "-out", certificate + ".crt"],
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-        if made.returncode:
-            raise ConfigError("--tlsselfsigned: openssl failed: " + made.stderr.decode("utf-8", "replace").strip()[-200:])
-        if key == certificate:                          # both in one file, which appears when it is complete
-            with open(key + ".new", "ab") as file, open(certificate + ".crt", "rb") as fresh:
-                file.write(fresh.read())
-            os.unlink(certificate + ".crt")
-        else:
-            os.rename(certificate + ".crt", certificate)
-        if os.path.exists(key + ".new"):
-            os.rename(key + ".new", key)
-    except FileNotFoundError:
-        raise ConfigError("--tlsselfsigned: there is no openssl(1) here: install it, or give a certificate with -2") from None
-    except OSError as error:
-        raise ConfigError(f"--tlsselfsigned: {certificate}: {error.strerror}") from None
-    finally:
-        os.umask(mask)
-    log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
-
 # ==== Session: one user's process =================================================================
 # A session serves one client, so its code is straight: a command is a method, and what waits, waits in Attention. The
 # process is the user's for good when it begins here; everything that needed root is already done and lies in Entry:
@@ -8302,6 +8116,200 @@ SERVER_MESSAGES = {
     STOP: Server.on_stop,
 }
 
+# ==== TLS certificates ============================================================================
+# A client that says AUTH TLS gets a process of its own: it sits in the same cage as SERVER, does the handshake, goes
+# on with the login as SERVER would, and afterwards passes the control connection on to the session, which sees a
+# plain socket. So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the
+# certificate's key.
+#
+# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next
+# client. TLS process and session inherit that one context, so a data connection that resumes a TLS session resumes
+# one of this very login: no other context's ticket keys open it.
+
+EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
+CERTIFICATE_MAX = 1 << 20           # bytes of a file
+
+
+class Certificates:
+    """The certificate files, and what was good of them the last time. For PRIV, as root."""
+
+    def __init__(self, options: Any, log: Log) -> None:
+        """Raises ConfigError when they cannot be used now."""
+        import ssl
+        self.ssl, self.options, self.log = ssl, options, log
+        self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
+        self.complained: "set[tuple[str, str]]" = set()
+        try:
+            self.context_of(options.certfile)
+            self.warn_of_expiry()
+        except (OSError, ValueError) as error:
+            raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
+                ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
+
+    def context(self, name: bytes) -> Any:
+        """A fresh SSLContext for a client that asked for host `name`. Raises OSError when there is no usable certificate."""
+        host = self.of_host(name) if name and self.options.extcert else None
+        context = self.context_or_last(host) if host else None
+        if context is None:
+            context = self.context_or_last(self.options.certfile)
+        if context is None:
+            raise OSError(errno.ENOENT, "there is no usable certificate")
+        return context
+
+    def context_or_last(self, paths: "tuple[str, str]") -> Any:
+        """An SSLContext from these files, or from what they held when they were good; None when they never were."""
+        try:
+            context = self.context_of(paths)
+            self.complained.discard(paths)
+            return context
+        except (OSError, ValueError) as error:
+            if paths not in self.complained:
+                self.complained.add(paths)
+                remedy = "; the old one stays in use" if paths in self.good else ""
+                self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
+        if paths not in self.good:
+            return None
+        return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+
+    def of_host(self, name: bytes) -> "tuple[str, str] | None":
+        """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
+        wanted = name.lower().decode("ascii", "replace") + ".pem"
+        try:
+            with os.scandir(self.options.extcert) as entries:
+                return next(((entry.path, entry.path) for entry in entries if entry.name.lower() == wanted), None)
+        except OSError:
+            return None
+
+    def context_of(self, paths: "tuple[str, str]") -> Any:
+        """An SSLContext from these files, whose content is kept. Raises OSError, ValueError."""
+        context = tls_context(self.ssl, self.options, *paths)
+        if hasattr(os, "memfd_create"):
+            old = self.good.get(paths, [])
+            if not old or not all(file_is(path, fd) for path, fd in zip(paths, old)):
+                self.good[paths] = [memory_copy(path) for path in paths]
+                for fd in old:
+                    os.close(fd)
+        return context
+
+    def close(self) -> None:
+        """Forget what was good: another Certificates has taken over."""
+        for fds in self.good.values():
+            for fd in fds:
+                os.close(fd)
+        self.good = {}
+
+    def warn_of_expiry(self) -> None:
+        with open(self.options.certfile[0], encoding="ascii", errors="replace") as file:
+            ends = certificate_end(self.ssl, file.read(CERTIFICATE_MAX))
+        if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
+            self.log.warning("The certificate %s %s %s" % (
+                self.options.certfile[0], "ends" if ends > time.time() else "has ended",
+                time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
+
+
+def memory_copy(path: str) -> int:
+    """A memfd with the content of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        data = file.read(CERTIFICATE_MAX)
+    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    os.write(fd, data)
+    return fd
+
+
+def file_is(path: str, fd: int) -> bool:
+    """Whether the file still has the content that `fd` keeps."""
+    with open(path, "rb") as file:
+        return file.read(CERTIFICATE_MAX) == os.pread(fd, CERTIFICATE_MAX, 0)
+
+
+def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
+    """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    lowest_version(ssl, context, options.tlsminversion)
+    context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
+    context.set_alpn_protocols(["ftp"])
+    context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
+    while ciphers[:3] in ("-C:", "-S:"):
+        if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(certificate)
+        ciphers = ciphers[3:]
+    if ciphers:
+        context.set_ciphers(ciphers)
+    return context
+
+
+def lowest_version(ssl: Any, context: Any, version: str) -> None:
+    """--tlsminversion. Python warns of 1.0 and 1.1, but an administrator who asks for them has been warned."""
+    import warnings
+    names = {"1.0": "TLSv1", "1.1": "TLSv1_1", "1.2": "TLSv1_2", "1.3": "TLSv1_3"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = getattr(ssl.TLSVersion, names[version])
+
+
+def certificate_end(ssl: Any, pem: str) -> "float | None":
+    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1)."""
+    start = pem.find("-----BEGIN CERTIFICATE-----")
+    end = pem.find("-----END CERTIFICATE-----", start)
+    try:
+        der = ssl.PEM_cert_to_DER_cert(pem[start:end] + "-----END CERTIFICATE-----\n")
+        body = der_items(der_items(der_items(der)[0][1])[0][1])         # Certificate, TBSCertificate
+        fields = body[1:] if body[0][0] == 0xA0 else body               # the version is optional
+        kind, text = der_items(fields[3][1])[1]                         # Validity: notBefore, notAfter
+        century = b"" if kind == 24 else b"20" if text[:1] < b"5" else b"19"
+        return stamp_parse(century + text.rstrip(b"Z"))
+    except (ValueError, IndexError):
+        return None
+
+
+def der_items(data: bytes) -> "list[tuple[int, bytes]]":
+    """(tag, content) of each item in DER. Raises IndexError for what is cut off."""
+    items, at = [], 0
+    while at < len(data):
+        tag, length, at = data[at], data[at + 1], at + 2
+        if length & 128:
+            count = length & 127
+            length, at = int.from_bytes(data[at:at + count], "big"), at + count
+        items.append((tag, data[at:at + length]))
+        at += length
+    return items
+
+
+def certificate_make(options: Any, log: Log) -> None:
+    """--tlsselfsigned: a self-signed certificate where there is none, for the key that may be there already. Raises ConfigError."""
+    import subprocess
+    certificate, key = options.certfile
+    if os.path.exists(certificate):
+        return
+    host = socket.gethostname() or "localhost"
+    own_key = ["-key", key] if os.path.exists(key) else [
+        "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key + ".new"]
+    mask = os.umask(0o077)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(certificate)), 0o755, exist_ok=True)
+        made = subprocess.run(["openssl", "req", "-x509", *own_key, "-days", "3650", "-subj", "/CN=" + host[:64],
+                               "-addext", "subjectAltName=DNS:" + host, "-out", certificate + ".crt"],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        if made.returncode:
+            raise ConfigError("--tlsselfsigned: openssl failed: " + made.stderr.decode("utf-8", "replace").strip()[-200:])
+        if key == certificate:                          # both in one file, which appears when it is complete
+            with open(key + ".new", "ab") as file, open(certificate + ".crt", "rb") as fresh:
+                file.write(fresh.read())
+            os.unlink(certificate + ".crt")
+        else:
+            os.rename(certificate + ".crt", certificate)
+        if os.path.exists(key + ".new"):
+            os.rename(key + ".new", key)
+    except FileNotFoundError:
+        raise ConfigError("--tlsselfsigned: there is no openssl(1) here: install it, or give a certificate with -2") from None
+    except OSError as error:
+        raise ConfigError(f"--tlsselfsigned: {certificate}: {error.strerror}") from None
+    finally:
+        os.umask(mask)
+    log.warning(f"Made a self-signed certificate for {host}: {certificate}. Clients will ask whether to trust it")
+
 # ==== TLS process: one client's handshake, login and relay ========================================
 # What SERVER is for everybody, TlsDoor is for the one client that said AUTH TLS: its Visitor asks it for the same
 # things. After the login it is the relay: what OpenSSL decrypts goes to the session's socket and back. It ends when
@@ -9391,7 +9399,12 @@ class Monitor:
         sessions = {child.number: child.peer.address for child in self.children.values()
                     if child.peer and (child.state == STATE_TLS or child.asker and child.asker.state == STATE_SERVER)}
         self.server_started = time.monotonic()
-        self.server = self.fork(STATE_SERVER, lambda channel: self.server_child(channel, sessions))
+        try:
+            self.server = self.fork(STATE_SERVER, lambda channel: self.server_child(channel, sessions))
+        except OSError as error:
+            self.setup.log.error("cannot fork SERVER: %s" % error.strerror)
+            self.restart_at = self.server_started + SERVER_RESTART_SECONDS
+            return
         for number, (check, _) in self.consulting.items():
             self.tell(self.server, consult_message(number, check.peer.address))
 
@@ -9668,19 +9681,25 @@ class Monitor:
                 options = options_read(self.argv)
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
                 listeners = listeners_renew(options, self.listeners)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             log.error("The old configuration stays: %s" % error)
         else:
-            old, self.setup = self.server, setup
-            for listener in self.listeners:
-                if listener not in listeners:
-                    listener.sock.close()
-            self.listeners = listeners
-            self.start_server()
-            if old is not None:
-                self.tell(old, PLAIN.pack(DRAIN, 0))
+            self.renew(setup, listeners)
             log.notice("The configuration was read again")
         notify_systemd("READY=1")
+
+    def renew(self, setup: Setup, listeners: "list[Listener]") -> None:
+        """Serve those who come by `setup`, on `listeners`; those who are here stay with what they have."""
+        old, before = self.server, self.setup
+        for listener in self.listeners:
+            if listener not in listeners:
+                listener.sock.close()
+        self.setup, self.listeners = setup, listeners
+        if before.certificates is not None:
+            before.certificates.close()
+        self.start_server()
+        if old is not None and self.server is not old:
+            self.tell(old, PLAIN.pack(DRAIN, 0))
 
 
 MONITOR_ANSWERS = {
@@ -11706,6 +11725,7 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
             privileges.name, PRIVSEP_USERS[0]))
     setup = setup_read(options, log, privileges)
     scoreboard_read(options.statedir)                   # which removes the entries that a server killed with -9 has left
+    pipe = uploadpipe_create(options.statedir) if options.uploadscript else None
     listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
     title_area_prepare()
@@ -11715,7 +11735,6 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
         daemonize()
     if not inetd:
         pidfile_write(pidfile)
-    pipe = uploadpipe_create(options.statedir) if options.uploadscript else None
     try:
         return privsep_init(setup, argv, listeners, inetd)
     finally:
