@@ -1157,6 +1157,8 @@ class Log:
         tag = f"pure-ftpd[{os.getpid()}]: " if self.with_pid else "pure-ftpd: "
         try:
             if self.socket is None:
+                if not select.select([], [2], [], 0)[1]:
+                    return False                            # a full pipe: its reader has stopped
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
                 os.write(2, (stamp + tag + line + "\n").encode("utf-8", "backslashreplace"))
             else:
@@ -2707,8 +2709,9 @@ def anonymous_user() -> Any:
 #   CONSULT            PRIV -> SERVER        may a TLS client of that address try a password now?
 #   GRANTED            SERVER -> PRIV        it may, or it may not; later, when it has to wait
 #   OUTCOME            PRIV -> SERVER        how that try ended: a VERDICT_*
+#   JOINED             PRIV -> SERVER        a client that came in through the SERVER before, which drains; its address
 
-LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG = range(1, 14)
+LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG, JOINED = range(1, 15)
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
@@ -2811,14 +2814,15 @@ def numbered_parse(message: bytes) -> "tuple[int, int, int]":
     return NUMBERED.unpack(message)
 
 
-def consult_message(number: int, address: str) -> bytes:
-    return NUMBERED.pack(CONSULT, number, 0) + address.encode()
+def addressed_message(kind: int, number: int, address: str) -> bytes:
+    """A CONSULT or JOINED."""
+    return NUMBERED.pack(kind, number, 0) + address.encode()
 
 
-def consult_parse(message: bytes) -> "tuple[int, str]":
-    """(number, address) of a CONSULT. Raises MessageError."""
+def addressed_parse(message: bytes) -> "tuple[int, str]":
+    """(number, address) of a CONSULT or JOINED. Raises MessageError."""
     if not NUMBERED.size < len(message) <= NUMBERED.size + 64:
-        raise MessageError("CONSULT of %d bytes" % len(message))
+        raise MessageError("message of %d bytes" % len(message))
     return NUMBERED.unpack_from(message)[1], message[NUMBERED.size:].decode("ascii", "replace")
 
 
@@ -2838,11 +2842,14 @@ def channel_pair() -> "tuple[socket.socket, socket.socket]":
 
 
 def message_receive(channel: socket.socket, most_fds: int = 0) -> "tuple[bytes, list[int]]":
-    """One message and its descriptors; b"" at the end of the channel. Raises MessageError when it was cut off."""
+    """One message and its descriptors; b"" at the end of the channel. Raises MessageError when it was cut off.
+
+    A process that is out of descriptors gets a message without them, as if none had been sent.
+    """
     if not most_fds:
         return channel.recv(MESSAGE_MAX), []
     message, fds, flags, _ = socket.recv_fds(channel, MESSAGE_MAX, most_fds)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & socket.MSG_TRUNC or flags & socket.MSG_CTRUNC and fds:
         for fd in fds:
             os.close(fd)
         raise MessageError("message with too much in it")
@@ -4192,7 +4199,28 @@ QUOTA_FILE = b".ftpquota"
 QUOTA_TEMPORARY = b".pureftpd-"         # names of ours begin with it
 QUOTA_FIRST_STEP = 1 << 16              # bytes reserved when an upload starts: a small file needs no more
 QUOTA_STEP = 1 << 24                    # bytes reserved at once later on, but never more than ...
+QUOTA_LOCK_SECONDS = 5.0                # how long a lock of somebody else is waited for ...
+QUOTA_LOCK_PAUSE = 0.001                # ... trying so often
 QUOTA_SHARE = 16                        # ... one part in so many of what is left: other sessions want some too
+
+
+def quota_lock(fd: int) -> None:
+    """Lock an open quota file as the original does (fcntl(2)). Raises OSError when somebody holds it for too long.
+
+    A process of the user's own may hold it for ever, and would stop sessions, and root's quotacheck, with it.
+    """
+    import fcntl
+    deadline = time.monotonic() + QUOTA_LOCK_SECONDS
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() > deadline:
+            raise OSError(errno.EAGAIN, "another process keeps it locked")
+        time.sleep(QUOTA_LOCK_PAUSE)
 
 
 def quota_forbids(path: bytes) -> bool:
@@ -4214,13 +4242,14 @@ def quota_parse(data: bytes) -> "tuple[int, int]":
     return int(numbers[0]), int(numbers[1])
 
 
-def quota_store(fd: int, files: int, size: int) -> None:
-    """Overwrite a locked quota file. Raises OSError."""
+def quota_store(fd: int, files: int, size: int, length: int) -> int:
+    """Overwrite a locked quota file of `length` bytes or more; how many it has now. Raises OSError."""
     line = b"%d %d\n" % (files, size)
     if os.pwrite(fd, line, 0) != len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if os.fstat(fd).st_size > len(line):
+    if length > len(line):
         os.ftruncate(fd, len(line))
+    return len(line)
 
 
 class Quota:
@@ -4269,6 +4298,7 @@ class QuotaAccount:
         self.quota = quota
         self.fd = -1
         self.files = self.size = 0                  # held: files and directories; bytes
+        self.length = 0                             # of the quota file
         self.broken = ""                            # why the numbers mean nothing
 
     def __enter__(self) -> "QuotaAccount":
@@ -4276,13 +4306,14 @@ class QuotaAccount:
             raise RuntimeError("the quota is locked already")
         self.quota.locked = True
         if self.quota.limited:
-            import fcntl
             try:
                 self.fd = self.quota.tree.open(b"/" + QUOTA_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                     raise ValueError("it is not a regular file")
-                fcntl.lockf(self.fd, fcntl.LOCK_EX)
-                self.files, self.size = quota_parse(os.pread(self.fd, 84, 0))
+                quota_lock(self.fd)
+                line = os.pread(self.fd, 84, 0)
+                self.length = len(line)
+                self.files, self.size = quota_parse(line)
             except (OSError, ValueError) as error:
                 self.fail(error)
         return self
@@ -4303,7 +4334,7 @@ class QuotaAccount:
         if self.fd == -1 or self.broken or (files, size) == (self.files, self.size):
             return
         try:
-            quota_store(self.fd, files, size)
+            self.length = quota_store(self.fd, files, size, self.length)
         except OSError as error:
             self.fail(error)
         else:
@@ -4524,11 +4555,11 @@ class TransferLog:
         import fcntl
         locked = self.lock()
         try:
-            end = os.fstat(self.fd).st_size
-            if if_empty and end:
+            if if_empty and os.fstat(self.fd).st_size:
                 return
-            if os.write(self.fd, lines) != len(lines):
-                os.ftruncate(self.fd, end)
+            written = os.write(self.fd, lines)
+            if written != len(lines):
+                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if not self.failed:
@@ -5569,11 +5600,14 @@ class Attention:
     def next_line(self, seconds: float) -> bytes:
         """The next command. Raises TimedOut, or Hangup when the client or the server goes."""
         line = self.lines.line()
+        if line is not None:
+            return line
+        deadline = time.monotonic() + seconds               # for the whole line, however slowly it comes
         while line is None:
             if self.stop_at is not None:
                 raise Hangup(421, "The server is shutting down, goodbye")
             self.listen(True)
-            events = self.poller.poll(seconds * 1000)
+            events = self.poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
             if not events:
                 raise TimedOut()
             for fd, _ in events:
@@ -6727,6 +6761,11 @@ def address_scope(address: str) -> str:
     return "private" if any(number >> (32 - bits) == base >> (32 - bits) for base, bits in PRIVATE_BLOCKS) else "public"
 
 
+def address_is_loopback(address: str) -> bool:
+    address = address_normal(address)
+    return address == "::1" if ":" in address else address_scope(address) == "loopback"
+
+
 def passive_address_problem(shown: str, client: str) -> str:
     """Why a client at `client` will not reach `shown`; "" when it may (IPv4)."""
     here, there = address_scope(shown), address_scope(client)
@@ -6904,6 +6943,8 @@ class Session(FileCommands):
             raise Refuse(501, "That address and port will not do")
         if not self.port.foreign and address_normal(address) != self.entry.peer.address:
             raise Refuse(500, "I connect to %s only, where you are, not to %s" % (self.entry.peer.address, address))
+        if address_is_loopback(address) and not address_is_loopback(self.entry.peer.address):
+            raise Refuse(500, "My own services are not for you")        # FXP, too, is between two hosts
         self.port.aim(address, number)
         return 200, "I will connect there"
 
@@ -7150,8 +7191,9 @@ class Session(FileCommands):
         with self.quota.lock() as account:
             upload = self.upload_begin(path, offset, append)
             self.upload_claim(upload, account)
+            meter = account.meter(upload.fd, 0, 0) if upload.created else None
         try:
-            return self.receive_whole(upload, begin)
+            return self.receive_whole(upload, meter, begin)
         finally:
             os.close(upload.fd)
 
@@ -7202,13 +7244,12 @@ class Session(FileCommands):
                 return name
         raise Refuse(553, "There are too many files of that name")
 
-    def receive_whole(self, upload: Upload, begin: bytes) -> Any:
+    def receive_whole(self, upload: Upload, meter: "QuotaMeter | None", begin: bytes) -> Any:
         """The data connection's part of an upload, and what comes of it."""
-        meter: "QuotaMeter | None" = None
 
         def move(stream: Stream) -> None:
             nonlocal meter
-            meter = self.upload_start(upload)
+            meter = meter or self.upload_start(upload)
             self.scoreboard(SCOREBOARD_UPLOAD, upload.path, 0, upload.offset)
             if self.negotiated.binary:
                 stream.receive_file(upload.fd, meter.room)
@@ -7222,7 +7263,7 @@ class Session(FileCommands):
             stream, failure = self.transfer(begin, self.rate_up, move, self.progress_from(upload.offset), True)
         finally:
             self.scoreboard(SCOREBOARD_IDLE)
-            lines, failure = self.upload_end(upload, meter, failure)
+            lines, failure = self.upload_end(upload, meter, stream is not None, failure)
             self.transferred(True, upload.path, stream, failure is None, failure is not None and failure[0] == 552)
             if self.entry.uploadpipe is not None and stream is not None and self.is_kept(upload, failure):
                 uploadpipe_write(self.entry.uploadpipe, self.user_shown(), self.entry.root + self.tree.real(upload.path), self.log)
@@ -7244,18 +7285,18 @@ class Session(FileCommands):
             raise
 
     def upload_start(self, upload: Upload) -> QuotaMeter:
-        """The data connection stands: what was in the file from the offset on goes."""
+        """The data connection to a file that was there stands: what was in it from the offset on goes."""
         with self.quota.lock() as account:
             if upload.before > upload.offset:
                 os.ftruncate(upload.fd, upload.offset)
             os.lseek(upload.fd, upload.offset, os.SEEK_SET)
             return account.meter(upload.fd, upload.before, upload.offset)
 
-    def upload_end(self, upload: Upload, meter: "QuotaMeter | None", failure: "tuple[int, str] | None"
+    def upload_end(self, upload: Upload, meter: "QuotaMeter | None", began: bool, failure: "tuple[int, str] | None"
                    ) -> "tuple[list[bytes], tuple[int, str] | None]":
         """Keep, publish or remove what came, and charge what it is: (lines for the reply, the failure if there is one)."""
         over_quota = failure is not None and failure[0] == 552 and meter is not None
-        discard = upload.created and (meter is None or over_quota or failure is not None and upload.working != upload.path)
+        discard = upload.created and (not began or over_quota or failure is not None and upload.working != upload.path)
         with self.quota.lock() as account:
             try:
                 if over_quota:
@@ -7575,7 +7616,6 @@ class Visitor(Conversation):
             raise Refuse(530, "This server wants TLS: say AUTH TLS first")
         if not argument and self.options.noanonymous:
             raise Hangup(530, "USER needs a name")
-        self.door.progress(self)
         self.user = argument[:USER_MAX]
         if self.is_anonymous() and not self.options.brokenclientscompatibility:
             return self.door.begin_login(self, b"", b"")
@@ -7697,7 +7737,7 @@ class Server:
         self.consulted: "dict[int, str]" = {}               # by PRIV's number: address of a TLS client whose login is checked
         self.per_address: "dict[str, int]" = {}
         for address in sessions.values():
-            self.per_address[address] = self.per_address.get(address, 0) + 1
+            self.count(address)
         self.timers: "list[tuple[float, int, Callable[[], None]]]" = []     # a heap
         self.timer_count = 0
         self.last_id = last_id                              # of a login; the high byte tells SERVERs from each other
@@ -7831,8 +7871,7 @@ class Server:
         fd = visitor.sock.fileno()
         self.visitors[fd] = visitor
         self.since[fd] = time.monotonic()
-        host = visitor.peer.address
-        self.per_address[host] = self.per_address.get(host, 0) + 1
+        self.count(visitor.peer.address)
         self.selector.register(visitor.sock, selectors.EVENT_READ, self.on_visitor)
 
     def forget(self, visitor: Visitor) -> None:
@@ -7841,6 +7880,9 @@ class Server:
         del self.visitors[fd], self.since[fd]
         self.set_events(visitor, 0)
         visitor.sock.close()
+
+    def count(self, host: str) -> None:
+        self.per_address[host] = self.per_address.get(host, 0) + 1
 
     def uncount(self, host: str) -> None:
         left = self.per_address.get(host, 1) - 1
@@ -8066,9 +8108,16 @@ class Server:
         elif number in self.sessions:
             self.uncount(self.sessions.pop(number))
 
+    def on_joined(self, message: bytes) -> None:
+        """A client of the SERVER before us has a process of its own: it counts here now."""
+        number, address = addressed_parse(message)
+        if number not in self.sessions:
+            self.sessions[number] = address
+            self.count(address)
+
     def on_consult(self, message: bytes) -> None:
         """PRIV asks for a TLS client: its password may be checked when the defender says so."""
-        number, address = consult_parse(message)
+        number, address = addressed_parse(message)
         now = time.monotonic()
         wait = self.defender.delay(address, now)
         if wait and not self.defender.banned(address, now):
@@ -8078,8 +8127,10 @@ class Server:
             self.consulted[number] = address
         try:
             self.channel.send(NUMBERED.pack(GRANTED, number, 1 if wait else 0), socket.MSG_DONTWAIT)
-        except OSError:
-            self.consulted.pop(number, None)
+        except OSError:                                     # PRIV has its hands full: ask ourselves again
+            if self.consulted.pop(number, None):
+                self.defender.withdrawn(address)
+            self.at(now + 0.05, lambda: self.on_consult(message))
 
     def on_outcome(self, message: bytes) -> None:
         _, number, verdict = numbered_parse(message)
@@ -8110,6 +8161,7 @@ class Server:
 SERVER_MESSAGES = {
     VERDICT: Server.on_verdict,
     ENDED: Server.on_ended,
+    JOINED: Server.on_joined,
     CONSULT: Server.on_consult,
     OUTCOME: Server.on_outcome,
     DRAIN: Server.on_drain,
@@ -8229,6 +8281,7 @@ def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
     context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
     context.set_alpn_protocols(["ftp"])
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)  # Python 3.9 to 3.11 set it: uploads cut off would pass
     ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
     while ciphers[:3] in ("-C:", "-S:"):
         if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
@@ -8577,9 +8630,10 @@ LOGIN_CHECKS = 16                   # credentials that are checked at once; more
 LOGIN_CHECK_SECONDS = 60            # a check that takes longer is ended (a back end hangs)
 LOGIN_EXIT = 10                     # exit status of a login child that let nobody in: this and the VERDICT_*
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
+UNSENT_MAX = 4096                   # messages that may wait for SERVER to read
 UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
-NAME_SECONDS = 5                    # for the name of a client's address
+NAME_SECONDS = 2                    # for the name of a client's address
 
 
 class Privileges(NamedTuple):
@@ -8661,24 +8715,56 @@ class as_root:
         privsep_unpriv_user(self.privileges)
 
 
-def become(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
-    """Be that user for good: groups, gid, uid, then the proof that there is no way back. Ends the process when anything fails."""
-    try:
-        if uid == 0 or gid == 0:
-            die("refusing to run as root")
-        os.setgroups(groups)
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-    except OSError as error:
-        die("cannot become uid %d, gid %d: %s" % (uid, gid, error.strerror))
+def user_for_good(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
+    """Be that user for good: groups, gid, uid, then the proof that there is no way back. Raises OSError."""
+    if uid == 0 or gid == 0:
+        raise OSError(errno.EPERM, "refusing to run as root")
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
     if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
-        die("not the user that was asked for")
+        raise OSError(errno.EPERM, "not the user that was asked for")
     for regain in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
         try:
             regain()
         except PermissionError:
             continue
-        die("root could be regained")
+        raise OSError(errno.EPERM, "root could be regained")
+
+
+def become(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
+    """user_for_good(), which ends the process when anything fails."""
+    try:
+        user_for_good(uid, gid, groups)
+    except OSError as error:
+        die("cannot become uid %d, gid %d: %s" % (uid, gid, error.strerror))
+
+
+def tool_identity(uid: "int | None", gid: "int | None") -> "tuple[int, int] | None":
+    """Whom the -u and -g of uploadscript and authd name; None: nobody else. Raises ConfigError.
+
+    Compat: without -g the group is that of the user's account, where the original takes root's.
+    """
+    if uid is None and gid is None:
+        return None
+    if os.geteuid():
+        raise ConfigError("-u and -g: only root can become somebody else")
+    if uid and gid is None:
+        import pwd
+        try:
+            gid = pwd.getpwuid(uid).pw_gid
+        except KeyError:
+            raise ConfigError(f"-u {uid}: there is no such account; give its group, too, with -g") from None
+    return uid or 0, gid or 0
+
+
+def tool_become(uid: int, gid: int) -> None:
+    """Be whom tool_identity() found. Without -u a tool stays root, as the original's, in the group of -g. Raises OSError."""
+    if uid:
+        user_for_good(uid, gid, (gid,))
+    else:
+        os.setgroups([gid])
+        os.setgid(gid)
 
 
 def confine(directory: "int | bytes") -> bool:
@@ -8821,12 +8907,16 @@ def home_make(home: Home, account: Account, options: Any) -> None:
 
 
 def unprivileged_answer(privileges: Privileges, question: "Callable[[], bytes]") -> bytes:
-    """What `question` returns in a process of its own that is nobody: name servers are strangers, too. b"" after NAME_SECONDS."""
+    """What `question` returns in a process of its own that is nobody and holds nothing: name servers are strangers, too.
+
+    b"" after NAME_SECONDS.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         try:
             signal.alarm(NAME_SECONDS)
+            close_others([writer])                      # the channels of others above all
             if privileges.root:
                 become(privileges.uid, privileges.gid, (privileges.gid,))
             os.write(writer, question()[:4096])
@@ -9179,7 +9269,8 @@ def aliases_read(path: str) -> "dict[bytes, bytes]":
 
 def own_files(options: Any) -> OwnFiles:
     """Every file of the server that a session without chroot must leave alone."""
-    files = [os.path.abspath(__file__), *options.configfiles, *options.certfile, options.pidfile, options.fortunesfile]
+    files = [os.path.abspath(__file__), *options.configfiles, *options.certfile, options.pidfile, options.fortunesfile,
+             os.environ.get("PURE_PASSWDFILE")]
     files += [path for _, path in options.altlog]
     for _, path in options.login:
         if path:
@@ -9191,6 +9282,8 @@ def own_files(options: Any) -> OwnFiles:
 def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | None" = None) -> Setup:
     """Prepare all that children will need. Raises ConfigError."""
     options_complete(options)
+    if old and options.statedir != old.statedir:
+        raise ConfigError("--statedir: the directory in use cannot be changed; restart the server")
     statedir_prepare(options.statedir)
     empty = os.path.join(options.statedir, "empty")
     try:
@@ -9345,20 +9438,28 @@ class Monitor:
         Any other child that lets its queue fill up does not want to be told anything.
         """
         try:
-            if any(other is child for other, _ in self.unsent):
+            if self.unsent and child.state == STATE_SERVER:
                 raise BlockingIOError
             child.channel.send(message, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            if child.state == STATE_SERVER:
+            if child.state == STATE_SERVER and len(self.unsent) < UNSENT_MAX:
                 self.unsent.append((child, message))
+            elif child.state == STATE_SERVER:
+                self.drop_channel(child)                        # a SERVER that reads nothing is none
         except OSError:
             pass                                                # it has ended, which SIGCHLD tells, too
 
     def tell_late(self) -> None:
         """Send what did not fit before, in its order."""
-        late, self.unsent = self.unsent, deque()
-        for child, message in late:
-            self.tell(child, message)
+        while self.unsent:
+            child, message = self.unsent[0]
+            try:
+                child.channel.send(message, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass                                            # it has ended
+            self.unsent.popleft()
 
     # -- children ------------------------------------------------------------------------------------
 
@@ -9394,7 +9495,7 @@ class Monitor:
         return child
 
     def start_server(self) -> None:
-        """A SERVER that knows the sessions there are."""
+        """A SERVER that knows the sessions there are, and accepts from now on. Those before it stay till their visitors have gone."""
         self.generation = self.generation % 255 + 1
         sessions = {child.number: child.peer.address for child in self.children.values()
                     if child.peer and (child.state == STATE_TLS or child.asker and child.asker.state == STATE_SERVER)}
@@ -9406,7 +9507,10 @@ class Monitor:
             self.restart_at = self.server_started + SERVER_RESTART_SECONDS
             return
         for number, (check, _) in self.consulting.items():
-            self.tell(self.server, consult_message(number, check.peer.address))
+            self.tell(self.server, addressed_message(CONSULT, number, check.peer.address))
+        for other in self.children.values():
+            if other.state == STATE_SERVER and other is not self.server:
+                self.tell(other, PLAIN.pack(DRAIN, 0))
 
     def forget_secrets(self, tls: Any = None) -> None:
         """In a child: drop what is not its business, other clients' TLS contexts (with our key) and passwords."""
@@ -9514,15 +9618,20 @@ class Monitor:
             self.drop_channel(child)
         except (MessageError, OSError, ValueError) as error:
             self.setup.log.error("closing the channel of %s process %d: %s" % (child.state, child.pid, error))
-            for fd in fds:
-                os.close(fd)
             self.drop_channel(child)
+        except Exception:
+            self.setup.log.error("bug: " + traceback_text())
+            self.drop_channel(child)
+        finally:
+            for fd in fds:                                  # those that nobody took, or asked for
+                os.close(fd)
 
     def on_login(self, child: Child, message: bytes, fds: "list[int]") -> None:
         """SERVER or TLS has credentials to be checked."""
         number = login_id(message)
-        if len(fds) != 1:
-            raise MessageError("LOGIN without a socket")
+        if not fds:                                         # or we have no room for it
+            self.tell(child, NUMBERED.pack(VERDICT, number, VERDICT_BROKEN))
+            return
         peer = child.peer or peer_of(fds[0])
         full = len(self.waiting) + len(self.consulting) > self.setup.options.maxclientsnumber
         if full or peer is None:                            # None: the client is gone already
@@ -9542,7 +9651,7 @@ class Monitor:
         self.consultations = self.consultations % 0xFFFFFFFF + 1
         self.consulting[self.consultations] = check, asker
         if self.server is not None:
-            self.tell(self.server, consult_message(self.consultations, check.peer.address))
+            self.tell(self.server, addressed_message(CONSULT, self.consultations, check.peer.address))
 
     def end_consultations(self, asker: Child) -> None:
         """What this TLS process asked for and has not got is not wanted any more."""
@@ -9579,6 +9688,7 @@ class Monitor:
                     child = self.fork(STATE_LOGIN, self.checking(check),
                                       number=check.number, peer=check.peer, asker=asker, altlog=self.setup.options.altlog)
                     child.consultation, begun = check.consultation, True
+                    self.introduce(child)
                     self.checks += 1
             except OSError as error:
                 self.setup.log.error("cannot fork: %s" % error.strerror)
@@ -9588,6 +9698,12 @@ class Monitor:
                 wipe(check.message)                         # the next child is somebody else's
             if check.consultation and not begun:
                 self.tell_servers(NUMBERED.pack(OUTCOME, check.consultation, VERDICT_BROKEN))
+
+    def introduce(self, child: Child) -> None:
+        """Tell the SERVER that accepts of a client that came in through one that drains."""
+        if self.server is not None and child.peer and child.asker and child.asker.state == STATE_SERVER \
+                and child.asker is not self.server:
+            self.tell(self.server, addressed_message(JOINED, child.number, child.peer.address))
 
     def checking(self, check: Check) -> "Callable[[socket.socket], None]":
         def run(channel: socket.socket) -> None:
@@ -9608,8 +9724,11 @@ class Monitor:
     def on_starttls(self, child: Child, message: bytes, fds: "list[int]") -> None:
         """A client of SERVER wants TLS: it gets a process, and an SSLContext, of its own."""
         number, negotiated = starttls_parse(message)
-        if len(fds) != 1 or self.setup.certificates is None:
-            raise MessageError("STARTTLS without a socket, or without TLS")
+        if self.setup.certificates is None:
+            raise MessageError("STARTTLS without TLS")
+        if not fds:                                         # or we have no room for it
+            self.tell(child, NUMBERED.pack(ENDED, number, 0))
+            return
         client = fds.pop()
         try:
             peer = peer_of(client)
@@ -9626,8 +9745,8 @@ class Monitor:
         assert self.setup.certificates is not None
         with as_root(self.setup.privileges):
             context = self.setup.certificates.context(negotiated.sni)
-        self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
-                  number=number, peer=peer, asker=asker, tls=context)
+        self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
+                                 number=number, peer=peer, asker=asker, tls=context))
 
     def tls_child(self, channel: socket.socket, client: int, context: Any, negotiated: Negotiated, peer: Peer) -> None:
         self.forget_secrets(context)
@@ -9683,6 +9802,8 @@ class Monitor:
                 listeners = listeners_renew(options, self.listeners)
         except (ConfigError, OSError) as error:
             log.error("The old configuration stays: %s" % error)
+        except Exception:
+            log.error("The old configuration stays; bug: " + traceback_text())
         else:
             self.renew(setup, listeners)
             log.notice("The configuration was read again")
@@ -9690,7 +9811,7 @@ class Monitor:
 
     def renew(self, setup: Setup, listeners: "list[Listener]") -> None:
         """Serve those who come by `setup`, on `listeners`; those who are here stay with what they have."""
-        old, before = self.server, self.setup
+        before = self.setup
         for listener in self.listeners:
             if listener not in listeners:
                 listener.sock.close()
@@ -9698,8 +9819,6 @@ class Monitor:
         if before.certificates is not None:
             before.certificates.close()
         self.start_server()
-        if old is not None and self.server is not old:
-            self.tell(old, PLAIN.pack(DRAIN, 0))
 
 
 MONITOR_ANSWERS = {
@@ -10381,7 +10500,6 @@ def quotacheck_enter(job: QuotacheckJob) -> int:
 
 def quotacheck_write(root: int, uid: int, files: int, size: int) -> None:
     """Write .ftpquota in the directory `root`. Raises OSError."""
-    import fcntl
     st = os.fstat(root)
     if st.st_mode & 0o700 != 0o700 and st.st_uid == uid:
         os.fchmod(root, stat.S_IMODE(st.st_mode) | 0o700)
@@ -10390,8 +10508,8 @@ def quotacheck_write(root: int, uid: int, files: int, size: int) -> None:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
-        fcntl.lockf(fd, fcntl.LOCK_EX)
-        quota_store(fd, files, size)
+        quota_lock(fd)
+        quota_store(fd, files, size, os.fstat(fd).st_size)
     finally:
         os.close(fd)
 
@@ -10990,39 +11108,7 @@ def uploadscript_plan(options: Options) -> UploadscriptPlan:
     at_default = not options.statedir and os.geteuid() == 0
     pidfile = ("/var/run" if at_default else statedir) + "/pure-uploadscript.pid"
     return UploadscriptPlan(statedir, os.fsencode(options.run), os.path.abspath(options.pidfile or pidfile),
-                            uploadscript_identity(options.uid, options.gid), options.timeout or None, options.daemonize)
-
-
-def uploadscript_identity(uid: "int | None", gid: "int | None") -> "tuple[int, int] | None":
-    """Whom the worker becomes; None when it stays what it is. ConfigError.
-
-    Compat: without -g the group is the user's, where the original takes root's; numbers only, as there.
-    """
-    if os.geteuid() != 0:
-        if (uid, gid) != (None, None):
-            raise ConfigError("-u and -g: only root can become somebody else")
-        return None
-    if uid and gid is None:
-        import pwd
-        try:
-            gid = pwd.getpwuid(uid).pw_gid
-        except KeyError:
-            raise ConfigError(f"-u {uid}: no such user; give its group with -g") from None
-    return uid or 0, gid or 0
-
-
-def uploadscript_become(identity: "tuple[int, int]") -> None:
-    """Be this user and group for good."""
-    uid, gid = identity
-    os.setgroups([gid])
-    os.setgid(gid)
-    os.setuid(uid)
-    if uid:
-        try:
-            os.setuid(0)
-        except OSError:
-            return
-        raise AssertionError("root's privileges could be taken back")
+                            tool_identity(options.uid, options.gid), options.timeout or None, options.daemonize)
 
 
 # ---- the worker ----------------------------------------------------------------------------------
@@ -11089,7 +11175,7 @@ def uploadscript_work(pipe: int, plan: UploadscriptPlan, supervisor: int) -> Non
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir("/")
     if plan.identity:
-        uploadscript_become(plan.identity)
+        tool_become(*plan.identity)
     buffer = bytearray()
     late: list[Any] = []
     while os.getppid() == supervisor:
@@ -11167,17 +11253,6 @@ def uploadscript_retire(worker: int, number: int) -> int:
     return 0
 
 
-def uploadscript_daemonize() -> None:
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in 0, 1, 2:
-        os.dup2(null, descriptor)
-    os.close(null)
-
-
 def uploadscript_pidfile(path: str) -> None:
     """A new file with our pid; ConfigError. The old one goes first, so no link is followed."""
     try:
@@ -11202,7 +11277,7 @@ def tool_uploadscript(argv: "list[str]") -> int:
             raise ConfigError(f"{rest[0]}: uploadscript takes no arguments")
         plan = uploadscript_plan(options)
         if plan.background:
-            uploadscript_daemonize()
+            daemonize()
         for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
             signal.signal(number, lambda *_: sys.exit(0))
         pipe = uploadscript_open(plan.statedir, UPLOADSCRIPT_PATIENCE)
@@ -11425,38 +11500,6 @@ def authd_listen(path: str) -> socket.socket:
     return listener
 
 
-def authd_identity(options: Options) -> "tuple[int, int] | None":
-    """The (uid, gid) to take; None to stay who we are. Raises ConfigError.
-
-    Compat: without -g the group is that of the user's account, not 0.
-    """
-    uid, gid = options.uid, options.gid
-    if uid is None and gid is None:
-        return None
-    if os.geteuid():
-        raise ConfigError("-u and -g need root")
-    if gid is None:
-        import pwd
-        try:
-            gid = pwd.getpwuid(uid).pw_gid
-        except KeyError:
-            raise ConfigError(f"-u {uid}: there is no such account: give its group, too, with -g") from None
-    return uid or 0, gid
-
-
-def authd_become(uid: int, gid: int) -> None:
-    """Be that user for good. Raises OSError when the system does not let us, or would let us back."""
-    os.setgroups([gid])
-    os.setgid(gid)
-    os.setuid(uid)
-    if uid:
-        try:
-            os.setuid(0)
-        except PermissionError:
-            return
-        raise OSError(errno.EPERM, "cannot give up root")
-
-
 def authd_pidfile(path: "str | None") -> str:
     """Write our process id; its file, "" when that is the usual one and it cannot be written. Raises OSError."""
     where = path or AUTHD_PIDFILE
@@ -11473,17 +11516,6 @@ def authd_pidfile(path: "str | None") -> str:
     return where
 
 
-def authd_detach() -> None:
-    """Go on in the background: a session of our own, in /, standard descriptors on /dev/null."""
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-
-
 def authd_run(options: Options, identity: "tuple[int, int] | None") -> None:
     """Serve until a signal comes. Raises OSError when that cannot begin."""
     def stop(number: int, frame: Any) -> None:
@@ -11494,12 +11526,12 @@ def authd_run(options: Options, identity: "tuple[int, int] | None") -> None:
     pidfile, listener = "", authd_listen(options.socket)
     try:
         if options.daemonize:
-            authd_detach()
+            daemonize()
         for number in AUTHD_SIGNALS:
             signal.signal(number, stop)
         pidfile = authd_pidfile(options.pidfile)
         if identity:
-            authd_become(*identity)
+            tool_become(*identity)
         os.chdir("/")
         authd_serve(listener, options.run)
     except AuthdStop:
@@ -11522,7 +11554,9 @@ def tool_authd(argv: "list[str]") -> int:
             return 0
         if rest or not options.socket or not options.run:
             raise ConfigError("give -s /path/to/socket and -r /path/to/program, and nothing besides options")
-        identity = authd_identity(options)
+        options.socket = os.path.abspath(options.socket)
+        options.pidfile = options.pidfile and os.path.abspath(options.pidfile)
+        identity = tool_identity(options.uid, options.gid)
     except ConfigError as error:
         authd_complain(str(error))
         return 254
@@ -11675,16 +11709,26 @@ def pidfile_remove(path: str) -> None:
         pass
 
 
-def daemonize() -> None:
-    """Go on in the background: a session of its own, / as working directory, nothing on 0, 1 and 2."""
+def daemonize() -> int:
+    """Go on in the background, in a session of its own. The first process ends with ours: 1 when we fail before detach(this)."""
+    reader, writer = os.pipe()
     if os.fork():
-        os._exit(0)
+        os.close(writer)
+        os._exit(0 if os.read(reader, 1) else 1)
+    os.close(reader)
     os.setsid()
+    return writer
+
+
+def detach(ready: int) -> None:
+    """All that can go wrong has gone well: / as working directory, nothing on 0, 1 and 2, and the first process may end."""
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
+    os.write(ready, b".")
+    os.close(ready)
 
 
 def descriptors_raise() -> None:
@@ -11728,15 +11772,15 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
     pipe = uploadpipe_create(options.statedir) if options.uploadscript else None
     listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
+    pidfile = os.path.abspath(pidfile)                  # -B leaves the directory that it is relative to
     title_area_prepare()
     descriptors_raise()
     announce(setup, listeners)
-    if options.daemonize and not inetd:
-        daemonize()
+    ready = daemonize() if options.daemonize and not inetd else None
     if not inetd:
         pidfile_write(pidfile)
     try:
-        return privsep_init(setup, argv, listeners, inetd)
+        return privsep_init(setup, argv, listeners, inetd, ready)
     finally:
         if not inetd:
             with as_root(privileges):
@@ -11745,7 +11789,8 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
             os.close(pipe)
 
 
-def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[Listener]", inetd: "socket.socket | None") -> int:
+def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[Listener]", inetd: "socket.socket | None",
+                 ready: "int | None") -> int:
     """Become PRIV: load all, close what is not needed, fork SERVER, drop root till it is needed. The exit status."""
     import fcntl
     import grp
@@ -11757,6 +11802,8 @@ def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[Listener]", i
         os.setegid(setup.privileges.gid)
     give_up_for_all(setup.log)
     monitor = Monitor(setup, argv, listeners, inetd)
+    if ready is not None:
+        detach(ready)
     privsep_privpart_closejunk(setup)
     process_title("pure-ftpd (PRIV)")
     import gc
