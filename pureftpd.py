@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """pureftpd.py: an FTP server in one file, for those who know Pure-FTPd.
 
-Same options, same pure-ftpd.conf, same virtual users, same logs and tools as the original; nothing to install. Nothing that a
-stranger sends is read by root. The processes, as ps(1) shows them:
+Same options, same pure-ftpd.conf, same virtual users, same logs and tools as the original; nothing to install.
+Nothing that a stranger sends is read by root. The processes, as ps(1) shows them:
 
-      pure-ftpd (PRIV)             the parent. Keeps root for a few system calls, reads nothing of a client, forks the others
+      pure-ftpd (PRIV)             the parent: keeps root for a few system calls, reads nothing of a client, forks
        +- pure-ftpd (SERVER)       unprivileged, in an empty directory: everybody who has not logged in, in one loop
        +- pure-ftpd (TLS)          the same cage, one for each client that said AUTH TLS: handshake, login, then relay
        +- pure-ftpd (IDLE)         one for each login: checks the password as root, then is the user for good
@@ -67,10 +67,12 @@ import sys
 
 
 def restart_lean(code) -> None:
-    """Go on as a bare interpreter that is given this file's code, already compiled, in a memory file. Returns where that cannot be.
+    """Go on as a bare interpreter that is given this file's code, already compiled, in a memory file. Returns where
+    that cannot be.
 
-    Compiling leaves 30 MiB behind that all our processes would carry (measured: 46 MiB against 15), and a bare interpreter (-I -S)
-    has loaded nothing that we did not ask for. Modules come from the interpreter's own directories, never from beside this file.
+    Compiling leaves 30 MiB behind that all our processes would carry (measured: 46 MiB against 15), and a bare
+    interpreter (-I -S) has loaded nothing that we did not ask for. Modules come from the interpreter's own
+    directories, never from beside this file.
     """
     import marshal
     import os
@@ -106,6 +108,7 @@ import stat
 import struct
 import time
 from collections import deque
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import islice
 from typing import Any, Callable, NamedTuple
@@ -114,6 +117,8 @@ VERSION = "1.0"
 
 
 # ==== Errors that carry intent ====================================================================
+# What is no error of the program travels as one of these: to the administrator, to the client, to the end of a connection.
+# OSError travels untouched and is translated in one place (os_error_reply).
 
 
 class ConfigError(Exception):
@@ -147,7 +152,8 @@ def printable(data: bytes) -> str:
 PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 15, 38
 F_SETPIPE_SZ = 1031
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
-LANDLOCK_RIGHTS_BY_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)    # LANDLOCK_ACCESS_FS_*, by ABI; the last serves later ones
+# LANDLOCK_ACCESS_FS_*, by ABI; the last serves later ones
+LANDLOCK_RIGHTS_BY_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
 
 
 class LibC:
@@ -184,7 +190,9 @@ libc = LibC()
 
 
 def title_area_prepare() -> None:
-    """Find where the kernel keeps this process's arguments (proc(5), arg_start and env_end) and move the environment away."""
+    """Find where the kernel keeps this process's arguments (proc(5), arg_start and env_end) and move the environment
+    away.
+    """
     if not sys.platform.startswith("linux") or libc.library is None:
         return
     with open("/proc/self/stat", "rb") as file:
@@ -213,7 +221,8 @@ def process_title(title: str) -> None:
 
 
 def memory_trim() -> None:
-    """Give memory that is free back to the system: compiling this file took 20 MiB, which every fork would go through again.
+    """Give memory that is free back to the system: compiling this file took 20 MiB, which every fork would go through
+    again.
 
     Measured: a fork, its exit included, costs 1 ms of CPU afterwards instead of 4. malloc_trim(3) is glibc's.
     """
@@ -223,7 +232,8 @@ def memory_trim() -> None:
 
 
 def wipe(*secrets: bytes) -> None:
-    """Overwrite bytes objects that nobody will read again, so that no password stays in freed memory, which children inherit.
+    """Overwrite bytes objects that nobody will read again, so that no password stays in freed memory, which children
+    inherit.
 
     CPython's only, and not for objects that it shares: those of one byte and of none.
     """
@@ -234,7 +244,10 @@ def wipe(*secrets: bytes) -> None:
 
 
 def signal_default(number: int) -> None:
-    """Let a signal end this process again. signal.signal() would spend 0.3 ms of a fresh child on its enums (copied pages)."""
+    """Let a signal end this process again.
+
+    signal.signal() would spend 0.3 ms of a fresh child on its enums (copied pages).
+    """
     if libc.library is not None:
         libc.library.signal(number, None)
     else:
@@ -280,6 +293,38 @@ def splice_by_libc(source: int, target: int, count: int, flags: int = 0) -> int:
 SPLICE_MOVE, SPLICE_NONBLOCK = 1, 2
 splice: "Callable[..., int] | None" = (
     getattr(os, "splice", None) or (splice_by_libc if hasattr(libc.library, "splice") else None))
+
+
+def background() -> int:
+    """Go on in the background, in a session of its own.
+
+    The first process ends with ours: 1 when we fail before detach(this).
+    """
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        os._exit(0 if os.read(reader, 1) else 1)
+    os.close(reader)
+    os.setsid()
+    return writer
+
+
+def detach(ready: int) -> None:
+    """All that can go wrong has gone well: / as working directory, nothing on 0, 1 and 2, and the first process may
+    end.
+    """
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    os.write(ready, b".")
+    os.close(ready)
+
+
+def daemonize() -> None:
+    """Go on in the background at once."""
+    detach(background())
 
 # ==== Options =====================================================================================
 # One table for the daemon, one for each tool: a row knows everything about an option, and switches, long
@@ -1389,15 +1434,23 @@ def scrypt_make(password: bytes, passes: int, memory: int) -> str:
                               "has scrypt") from None
 
 
+@lru_cache(maxsize=4)
+def crypt_from_library(names: "tuple[str | None, ...]") -> Any:
+    """crypt(3) of the first of these libraries that has it, None without. Looked up once: that costs a login 0.2 ms."""
+    try:
+        crypt = shared_library(names, "crypt").crypt
+    except ImportError:
+        return None
+    from ctypes import c_char_p
+    crypt.restype, crypt.argtypes = c_char_p, [c_char_p, c_char_p]
+    return crypt
+
+
 def crypt_function() -> "Callable[[bytes, bytes], bytes | None] | None":
     """crypt(3) on bytes, from libcrypt or else from the module that Python had until 3.12; None without either."""
-    try:
-        crypt = shared_library(LIBCRYPT, "crypt").crypt
-        from ctypes import c_char_p
-        crypt.restype, crypt.argtypes = c_char_p, [c_char_p, c_char_p]
+    crypt = crypt_from_library(LIBCRYPT)
+    if crypt is not None:
         return crypt
-    except ImportError:
-        pass
     try:
         from _crypt import crypt as module_crypt    # type: ignore
     except ImportError:
@@ -2711,14 +2764,16 @@ def anonymous_user() -> Any:
 #   OUTCOME            PRIV -> SERVER        how that try ended: a VERDICT_*
 #   JOINED             PRIV -> SERVER        a client that came in through the SERVER before, which drains; its address
 
-LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG, JOINED = range(1, 15)
+(LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG,
+ JOINED) = range(1, 15)
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
 
 VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 
-LOGIN_HEAD = struct.Struct("!BIBHBHBBH")    # kind, id, flags, facts, then the lengths of user, password, client, sni, pending
+# kind, id, flags, facts, then the lengths of user, password, client, sni, pending
+LOGIN_HEAD = struct.Struct("!BIBHBHBBH")
 STARTTLS_HEAD = struct.Struct("!BIBHBB")    # kind, id, flags, facts, lengths of client, sni
 NUMBERED = struct.Struct("!BIB")            # kind, id, detail: VERDICT, ENDED
 PLAIN = struct.Struct("!BB")                # kind, detail: all the others
@@ -2834,7 +2889,10 @@ def plain_parse(message: bytes) -> "tuple[int, int]":
 
 
 def channel_pair() -> "tuple[socket.socket, socket.socket]":
-    """Two ends of a channel. SOCK_SEQPACKET, where the system has it for Unix sockets (not on macOS), else SOCK_DGRAM."""
+    """Two ends of a channel.
+
+    SOCK_SEQPACKET, where the system has it for Unix sockets (not on macOS), else SOCK_DGRAM.
+    """
     try:
         return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError:
@@ -2867,7 +2925,9 @@ VERB_BYTES = frozenset(b"@abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01
 
 
 def command_line(raw: bytes) -> bytes:
-    """The command in `raw` (a line without its LF): no CR at its end, no telnet signals before it, no control byte in it."""
+    """The command in `raw` (a line without its LF): no CR at its end, no telnet signals before it, no control byte in
+    it.
+    """
     if raw[-1:] == b"\r":
         raw = raw[:-1]
     if raw[:1] >= b"\xf0":
@@ -2935,7 +2995,10 @@ def command_split(line: bytes) -> "tuple[bytes, bytes]":
 
 
 def reply_bytes(code: int, text: "str | bytes") -> bytes:
-    """A reply as it is sent (RFC 959 section 4.2). Lines of a longer text that begin with a space go out bare (RFC 2389)."""
+    """A reply as it is sent (RFC 959 section 4.2).
+
+    Lines of a longer text that begin with a space go out bare (RFC 2389).
+    """
     if isinstance(text, str):
         text = text.encode("utf-8", "surrogateescape")
     if b"\n" not in text:
@@ -2959,7 +3022,10 @@ def whole_number(text: bytes, most: int = 2 ** 63 - 1) -> "int | None":
 
 
 def stamp_parse(text: bytes) -> float:
-    """Seconds since 1970 of YYYYMMDDhhmmss[.fraction] in UTC (RFC 3659 section 2.3). Raises ValueError when there is no such time."""
+    """Seconds since 1970 of YYYYMMDDhhmmss[.fraction] in UTC (RFC 3659 section 2.3).
+
+    Raises ValueError when there is no such time.
+    """
     digits, _, fraction = text.partition(b".")
     if len(digits) != 14 or not digits.isdigit() or fraction and not fraction.isdigit():
         raise ValueError("not YYYYMMDDhhmmss")
@@ -2980,10 +3046,11 @@ def stamp_text(seconds: float) -> str:
 # A path is what the client means: absolute in the session's root or relative to its working directory, in bytes. Who
 # confines:
 #
-#   KernelTree   chroot(2), or nobody for accounts that are trusted with the whole machine: the kernel walks the path itself.
-#   WalkedTree   nobody but us, without root: every path is walked from the root's descriptor, one component at a time, each opened
-#                with O_NOFOLLOW relative to the one before; links are read and walked the same way, `..` pops. What is swapped
-#                between two steps is either opened as what it is now or refused: no name is ever trusted, no string compared.
+#   KernelTree   chroot(2), or nobody for accounts that are trusted with the whole machine: the kernel walks the path.
+#   WalkedTree   nobody but us, without root: every path is walked from the root's descriptor, one component at a time,
+#                each opened with O_NOFOLLOW relative to the one before; links are read and walked the same way, `..` pops.
+#                What is swapped between two steps is either opened as what it is now or refused: no name is ever
+#                trusted, no string compared.
 #
 # Both offer the same operations, because each is written once in terms of place(path): the directory to start from
 # and the name to give to the kernel. A WalkedTree also keeps the server's own files out of reach: by their place and
@@ -3043,7 +3110,10 @@ class Tree:
         return b"/" + b"/".join(parts)
 
     def real(self, path: bytes) -> bytes:
-        """Where `path` leads, without links, from the root; for logs, never for opening. What is not there stays as it is."""
+        """Where `path` leads, without links, from the root; for logs, never for opening.
+
+        What is not there stays as it is.
+        """
         raise NotImplementedError
 
     def stat(self, path: bytes) -> os.stat_result:
@@ -3093,7 +3163,9 @@ class Tree:
                 os.rename(name, new, src_dir_fd=at, dst_dir_fd=to)
 
     def chmod(self, path: bytes, mode: int) -> None:
-        """chmod(2) of what `path` leads to, by descriptor: nothing can be put in its place between the walk and the call."""
+        """chmod(2) of what `path` leads to, by descriptor: nothing can be put in its place between the walk and the
+        call.
+        """
         if self.kernel_follows:
             os.chmod(path, mode)
             return
@@ -3160,11 +3232,14 @@ class KernelTree(Tree):
 
 
 class OwnFiles:
-    """The server's own files, which a session without chroot must not reach: user database, keys, logs, its program ..."""
+    """The server's own files, which a session without chroot must not reach: user database, keys, logs, its program
+    ...
+    """
 
     def __init__(self, files: "list[bytes]", directories: "list[bytes]") -> None:
         self.inodes: "set[tuple[int, int]]" = set()             # of the files, whatever they are called
-        self.places: "set[tuple[int, int, bytes]]" = set()      # directory and name, also of files that do not exist yet
+        # directory and name, also of files that do not exist yet
+        self.places: "set[tuple[int, int, bytes]]" = set()
         self.closed: "set[tuple[int, int]]" = set()             # directories that nobody enters
         self.ancestors: "set[tuple[int, int]]" = set()          # directories whose renaming would move an own file away
         self.names: "set[bytes]" = set()
@@ -3203,7 +3278,8 @@ class WalkedTree(Tree):
 
     def __init__(self, root: int, own: "OwnFiles | None" = None, host_path: bytes = b"") -> None:
         self.root, self.own = root, own
-        self.host_path = host_path.rstrip(b"/")     # where the root is outside: an absolute link into it stays meaningful
+        # where the root is outside: an absolute link into it stays meaningful
+        self.host_path = host_path.rstrip(b"/")
         self.cwd: "list[bytes]" = []
 
     def working_directory(self) -> bytes:
@@ -3250,8 +3326,8 @@ class WalkedTree(Tree):
     def walk(self, path: bytes, follow: bool, whole: bool = False) -> "tuple[list[int], list[bytes], bytes]":
         """Open every directory on the way: (their descriptors from the root on, their names, the last name).
 
-        The last name is what is left to look up in the last directory: b"." for the directory itself. With `whole` the last
-        component is opened as a directory too. The caller closes the descriptors; on OSError there are none.
+        The last name is what is left to look up in the last directory: b"." for the directory itself. With `whole` the
+        last component is opened as a directory too. The caller closes the descriptors; on OSError there are none.
         """
         if not path:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -4961,7 +5037,11 @@ def process_lives(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:         # a zombie, which some containers never reap, is dead
+            return not file.read().rpartition(b")")[2].lstrip().startswith(b"Z")
+    except OSError:
+        return True
 
 
 def scoreboard_entries(directory: int) -> Any:
@@ -5261,7 +5341,8 @@ def uploadpipe_next(descriptor: int, buffer: bytearray, timeout: float) -> "Uplo
 # SERVER or in the client's TLS process, the other half (Session) in the process of the user. Both answer the commands
 # below alike.
 
-Reply = "tuple[int, str | bytes] | bytes | None"         # (code, text); bytes that are a reply already; None: answered elsewhere
+# (code, text); bytes that are a reply already; None: answered elsewhere
+Reply = "tuple[int, str | bytes] | bytes | None"
 
 
 class Command(NamedTuple):
@@ -5318,7 +5399,8 @@ class Conversation:
         try:
             if entry is None:
                 if verb[:1] not in VERBS_BEGIN_WITH:
-                    return None                     # Compat: as the original, which does not answer lines that begin otherwise
+                    # Compat: as the original, which does not answer lines that begin otherwise
+                    return None
                 raise Refuse(*(UNKNOWN if self.logged_in else NOT_LOGGED_IN))
             if entry.login and not self.logged_in:
                 raise Refuse(*NOT_LOGGED_IN)
@@ -5464,7 +5546,10 @@ class Conversation:
     @command("PROT", login=False, idle=True, missing=(503, "Which protection? C or P"),
              feat=lambda self: "PROT" if self.options.tls else None)
     def do_prot(self, argument: bytes) -> Any:
-        """RFC 4217 section 9. Compat: S and E count as P, anything unknown is 534 and falls back to clear (ftp_parser.c)."""
+        """RFC 4217 section 9.
+
+        Compat: S and E count as P, anything unknown is 534 and falls back to clear (ftp_parser.c).
+        """
         if not self.encrypted:
             raise Refuse(503, "Only after AUTH TLS")
         self.negotiated.private = argument in (b"P", b"S", b"E")
@@ -5521,7 +5606,8 @@ def os_error_reply(error: OSError) -> "tuple[int, str]":
 
 CONNECT_SECONDS = 30                # for an active data connection, as 1.0.54
 STOP_SECONDS = 10                   # grace for running transfers when the server stops
-ACCEPT_SECONDS = 60                 # for a passive one. Compat: the original waits for the idle time and then ends the session
+# for a passive one. Compat: the original waits for the idle time and then ends the session
+ACCEPT_SECONDS = 60
 SEND_SECONDS = 60                   # a client that takes no reply for so long is gone
 CONTROL_READ = 16384                # bytes asked from the control connection at a time
 
@@ -5546,7 +5632,8 @@ class Attention:
         if channel is not None:
             self.channel_fd = channel.fileno()
             self.poller.register(self.channel_fd, select.POLLIN)
-        self.stop_at: "float | None" = None             # the server ends: what is under way may go on till then (monotonic)
+        # the server ends: what is under way may go on till then (monotonic)
+        self.stop_at: "float | None" = None
         self.on_status: "Callable[[], None] | None" = None      # answers a STAT during a transfer
 
     def poll(self, seconds: float) -> "list[tuple[int, int]]":
@@ -5634,7 +5721,8 @@ class Attention:
             seconds = deadline - time.monotonic()
 
     def poll_with_commands(self, seconds: float) -> "list[tuple[int, int]]":
-        """poll(), then do what a transfer does about commands: ABOR and STAT at once, the others wait for their turn."""
+        """poll(), then do what a transfer does about commands: ABOR and STAT at once, the others wait for their turn.
+        """
         self.check_abort()
         self.listen(not self.lines.full())
         if self.stop_at is not None:
@@ -5668,7 +5756,8 @@ class DataPort:
                  receive_buffer: int = 0) -> None:
         self.attention, self.peer, self.family, self.range = attention, peer, family, range_
         self.receive_buffer = receive_buffer                    # SO_RCVBUF of a throttled session, 0: the kernel's own
-        self.foreign = foreign                                  # FXP: other addresses than the client's are welcome (-w, -W)
+        # FXP: other addresses than the client's are welcome (-w, -W)
+        self.foreign = foreign
         self.listener: "socket.socket | None" = None
         self.target: "tuple[str, int] | None" = None            # PORT, EPRT
         self.opened: "socket.socket | None" = None              # ESTA, ESTP
@@ -5922,7 +6011,10 @@ class Stream:
             self.attention.check_abort()
 
     def send_text(self, fd: int, offset: int) -> None:
-        """Send `fd` from `offset` on with CR LF at the end of each line. Compat: CR LF stays; the original makes CR CR LF."""
+        """Send `fd` from `offset` on with CR LF at the end of each line.
+
+        Compat: CR LF stays; the original makes CR CR LF.
+        """
         os.lseek(fd, offset, os.SEEK_SET)
         carried = b""                                   # a CR at the end of a block: what follows decides
         while True:
@@ -6055,7 +6147,8 @@ def tls_reason(error: Exception) -> str:
 
 
 def hello_name(data: bytes) -> "bytes | None":
-    """The host name in the start of a ClientHello; b"" for none, None when more bytes are needed (RFC 8446 4.1.2, RFC 6066 3).
+    """The host name in the start of a ClientHello; b"" for none, None when more bytes are needed (RFC 8446 4.1.2, RFC
+    6066 3).
 
     SERVER looks at it to choose a certificate. What it cannot understand it leaves to OpenSSL.
     """
@@ -6083,7 +6176,9 @@ def hello_name(data: bytes) -> "bytes | None":
 
 
 class Resumption:
-    """TLSSessionReuse (off, auto, on): whether a data connection may be one that does not resume the login's TLS session."""
+    """TLSSessionReuse (off, auto, on): whether a data connection may be one that does not resume the login's TLS
+    session.
+    """
 
     def __init__(self, mode: str, ends: float) -> None:
         """`ends`: from when on (monotonic) the client's tickets are too old."""
@@ -6143,7 +6238,10 @@ class TlsStream(Stream):
             raise DataLost(tls_reason(error)) from None
 
     def send_file(self, fd: int, offset: int, end: int) -> None:
-        """Through one buffer. An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file."""
+        """Through one buffer.
+
+        An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file.
+        """
         buffer = memoryview(bytearray(TLS_CHUNK))
         while offset < end:
             count = os.preadv(fd, [buffer[:end - offset] if end - offset < TLS_CHUNK else buffer], offset)
@@ -6176,7 +6274,8 @@ class TlsStream(Stream):
 
     def end_of(self, error: OSError) -> "Exception | None":
         """What an error at the end of the data means; None when it is as good as a proper end (TLSLooseClose)."""
-        ragged = isinstance(error, self.ssl.SSLEOFError) or tls_reason(error) == "UNEXPECTED_EOF_WHILE_READING"     # until 3.9
+        # until 3.9
+        ragged = isinstance(error, self.ssl.SSLEOFError) or tls_reason(error) == "UNEXPECTED_EOF_WHILE_READING"
         if ragged and self.loose:
             return None
         return DataLost("closed without close_notify, so what came may not be all" if ragged else tls_reason(error))
@@ -6190,7 +6289,10 @@ class TlsStream(Stream):
             pass                                        # it closed without a word, or does not answer: ours was sent
 
     def close(self) -> None:
-        """Answer the client's close_notify. Who breaks off sends none, so that the client knows that something is missing."""
+        """Answer the client's close_notify.
+
+        Who breaks off sends none, so that the client knows that something is missing.
+        """
         if self.told_end:
             try:
                 self.sock.unwrap()
@@ -6360,7 +6462,8 @@ class SessionLoop(Conversation):
         return []
 
     def text_file(self, name: bytes) -> "list[bytes]":
-        """The lines of .banner or .message in the working directory, fit for a reply; none when there is no such file."""
+        """The lines of .banner or .message in the working directory, fit for a reply; none when there is no such file.
+        """
         try:
             fd = self.tree.open(name, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
@@ -6386,7 +6489,10 @@ class SessionLoop(Conversation):
     # -- who is in already ---------------------------------------------------------------------------
 
     def do_user(self, argument: bytes) -> Any:
-        """RFC 959 section 4.1.1. Compat: an anonymous user may say so again, with or without a password (douser, dopass)."""
+        """RFC 959 section 4.1.1.
+
+        Compat: an anonymous user may say so again, with or without a password (douser, dopass).
+        """
         if self.account.anonymous:
             return 230, "Anonymous user logged in"
         return super().do_user(argument)
@@ -6622,7 +6728,9 @@ class FileCommands(SessionLoop):
 
     @command("RNTO", missing=(550, "To which name?"))
     def do_rnto(self, argument: bytes) -> Any:
-        """Compat: a rename that fails is 550, which is final (RFC 959 section 4.2); the original's 451 asks to try again."""
+        """Compat: a rename that fails is 550, which is final (RFC 959 section 4.2); the original's 451 asks to try
+        again.
+        """
         if self.renaming is None:
             raise Refuse(503, "First say RNFR")
         path = self.allowed(argument, write=True)
@@ -6745,7 +6853,8 @@ class FileCommands(SessionLoop):
 # there is touched before the data connection stands. An upload that does not end well is never called complete, and
 # under -0 never takes the old file's place.
 
-ANY_PORT = (1024, 65535)                            # passive ports without -p. The kernel's own choice is slow once many are used
+# passive ports without -p. The kernel's own choice is slow once many are used
+ANY_PORT = (1024, 65535)
 ALIASES_TRIED = 1000                                # -r: NAME.1 ... NAME.999
 UPLOADING_NAME = FORBIDDEN_IN_UPLOADS + b"%08x.%04x"
 ABORTED = 426, "Aborted"
@@ -6805,7 +6914,8 @@ class Session(FileCommands):
         self.upload_aborted = False                         # by an ABOR whose own turn is to come
         self.resumption = Resumption(options.tlssessionreuse, time.monotonic() + TICKET_SECONDS)
         self.limits_prepare()
-        self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange or ANY_PORT, foreign, throttle_buffer(self.rate_up))
+        self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange or ANY_PORT, foreign,
+                             throttle_buffer(self.rate_up))
 
     def limits_prepare(self) -> None:
         """Bandwidth, ratio and quota: the account's own, else the server's."""
@@ -6934,7 +7044,8 @@ class Session(FileCommands):
         return self.active(eprt_argument, argument)
 
     def active(self, parse: "Callable[[bytes], tuple[str, int]]", argument: bytes) -> Any:
-        """Connect there next time; never to a port that a service may have, nor to another host (RFC 2577 section 3)."""
+        """Connect there next time; never to a port that a service may have, nor to another host (RFC 2577 section 3).
+        """
         if self.extended_only:
             raise Refuse(501, "You said EPSV ALL")
         self.port.close()
@@ -6962,7 +7073,8 @@ class Session(FileCommands):
             raise Refuse(*ABORTED) from None
         return 225, "Connected"
 
-    @command("ESTP", feat=lambda self: "ESTP" if not self.options.natmode and not self.options.forcepassiveip else None, help=False)
+    @command("ESTP", help=False,
+             feat=lambda self: "ESTP" if not self.options.natmode and not self.options.forcepassiveip else None)
     def do_estp(self, argument: bytes) -> Any:
         """Accept the passive connection now."""
         if self.port.listener is None:
@@ -6970,7 +7082,8 @@ class Session(FileCommands):
         return self.establish()
 
     def bind_data_port(self, family: int) -> socket.socket:
-        """A socket for an active data connection: bound to port 20 by PRIV, to any port where there is none that can."""
+        """A socket for an active data connection: bound to port 20 by PRIV, to any port where there is none that can.
+        """
         if self.attention.channel_fd >= 0 and os.getuid() != self.options.server_uid:
             try:
                 kind, fds = self.attention.ask(PLAIN.pack(BINDRESPORT, 6 if family == socket.AF_INET6 else 4))
@@ -7010,7 +7123,10 @@ class Session(FileCommands):
 
     @command("ABOR", idle=True)
     def do_abor(self, argument: bytes) -> Any:
-        """Nothing is under way when this is run: a transfer that was has ended already. Compat: 451 after an upload (dostor)."""
+        """Nothing is under way when this is run: a transfer that was has ended already.
+
+        Compat: 451 after an upload (dostor).
+        """
         if self.upload_aborted:
             self.upload_aborted = False
             return 451, "What had come is kept"
@@ -7021,7 +7137,8 @@ class Session(FileCommands):
     def transfer(self, begin: "str | bytes", rate: int, move: "Callable[[Stream], None]",
                  progress: "Callable[[int], None] | None" = None, upload: bool = False
                  ) -> "tuple[Stream | None, tuple[int, str] | None]":
-        """Make the data connection, say 150, let `move` do its work: (stream, None), or (stream or None, the reply of the failure).
+        """Make the data connection, say 150, let `move` do its work: (stream, None), or (stream or None, the reply of
+        the failure).
 
         Everything that can go wrong is told here, once, for all commands. Only a Hangup before the first byte passes.
         """
@@ -7050,7 +7167,8 @@ class Session(FileCommands):
         except Hangup:
             if stream is None:
                 raise
-            return stream, (426, "Goodbye")                 # it will be raised again; first the transfer has to be logged
+            # it will be raised again; first the transfer has to be logged
+            return stream, (426, "Goodbye")
         except Full:
             return stream, (552, "The quota is used up")
         except OSError as error:
@@ -7145,7 +7263,10 @@ class Session(FileCommands):
         return (lambda moved: board.progress(offset + moved)) if board is not None else None
 
     def transferred(self, upload: bool, path: bytes, stream: "Stream | None", complete: bool, removed: bool = False) -> None:
-        """Count and log a transfer that moved, or could have moved, data. Compat: one that was over quota is an event only (dostor)."""
+        """Count and log a transfer that moved, or could have moved, data.
+
+        Compat: one that was over quota is an event only (dostor).
+        """
         if stream is None:
             return
         if upload:
@@ -7211,7 +7332,8 @@ class Session(FileCommands):
         if append:
             offset = size
         working = path
-        if self.options.notruncate and not (offset or append or self.options.autorename):     # what grows in place loses nothing
+        # what grows in place loses nothing
+        if self.options.notruncate and not (offset or append or self.options.autorename):
             working = path[:path.rfind(b"/") + 1] + UPLOADING_NAME % (os.getpid(), int.from_bytes(os.urandom(2), "big"))
         created = st is None or working != path
         flags = os.O_WRONLY | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if created else 0)
@@ -7266,14 +7388,18 @@ class Session(FileCommands):
             lines, failure = self.upload_end(upload, meter, stream is not None, failure)
             self.transferred(True, upload.path, stream, failure is None, failure is not None and failure[0] == 552)
             if self.entry.uploadpipe is not None and stream is not None and self.is_kept(upload, failure):
-                uploadpipe_write(self.entry.uploadpipe, self.user_shown(), self.entry.root + self.tree.real(upload.path), self.log)
+                uploadpipe_write(self.entry.uploadpipe, self.user_shown(),
+                                 self.entry.root + self.tree.real(upload.path), self.log)
         self.upload_aborted = failure == ABORTED and stream is not None
         if failure or stream is None:
             return failure
         return 226, b"\n".join([*lines, b"File stored", rate_text(stream.moved, stream.seconds()).encode()])
 
     def upload_claim(self, upload: Upload, account: QuotaAccount) -> None:
-        """Charge the new name, and keep other sessions from writing the same file. Raises Refuse, leaving nothing behind."""
+        """Charge the new name, and keep other sessions from writing the same file.
+
+        Raises Refuse, leaving nothing behind.
+        """
         try:
             if not account.hold(upload.fd):
                 raise Refuse(450, "Another session is writing this file")
@@ -7294,7 +7420,9 @@ class Session(FileCommands):
 
     def upload_end(self, upload: Upload, meter: "QuotaMeter | None", began: bool, failure: "tuple[int, str] | None"
                    ) -> "tuple[list[bytes], tuple[int, str] | None]":
-        """Keep, publish or remove what came, and charge what it is: (lines for the reply, the failure if there is one)."""
+        """Keep, publish or remove what came, and charge what it is: (lines for the reply, the failure if there is
+        one).
+        """
         over_quota = failure is not None and failure[0] == 552 and meter is not None
         discard = upload.created and (not began or over_quota or failure is not None and upload.working != upload.path)
         with self.quota.lock() as account:
@@ -7313,7 +7441,8 @@ class Session(FileCommands):
 
     @staticmethod
     def is_kept(upload: Upload, failure: "tuple[int, str] | None") -> bool:
-        """Whether an upload script should see the file: not what was removed again (over quota, broken off under -0)."""
+        """Whether an upload script should see the file: not what was removed again (over quota, broken off under -0).
+        """
         return failure is None or failure[0] != 552 and upload.working == upload.path
 
     def discard(self, upload: Upload, account: QuotaAccount) -> None:
@@ -7385,7 +7514,8 @@ class Session(FileCommands):
         if argument:
             listing = list_blocks(self.tree, argument, self.view())
             self.send(b"213-STAT\r\n")
-            for block in listing:                           # whole lines. Compat: none may look like the last (RFC 959, 4.2)
+            # whole lines. Compat: none may look like the last (RFC 959, 4.2)
+            for block in listing:
                 self.send((b"\n" + block).replace(b"\n213 ", b"\n 213 ")[1:])
             return 213, "End."
         kind = "8-bit binary" if self.negotiated.binary else "ASCII"
@@ -7555,9 +7685,10 @@ def address_key(address: str) -> bytes:
 # A Visitor is the Conversation before the login. What it cannot do itself it asks of its `door`: Server here, TlsDoor
 # in the process of a client that said AUTH TLS.
 
-LOGIN_SECONDS = 120                 # Compat: a visitor has so long for each step to its login, at most; the original the idle time
+LOGIN_SECONDS = 120                 # for each step to the login. Compat: the original grants the idle time
 LOGIN_FAILURES_MAX = 6              # wrong passwords, then goodbye
-FAILURE_SECONDS = 3.0               # the n-th wrong password's reply waits n times this, and up to as much more by chance
+# the n-th wrong password's reply waits n times this, and up to as much more by chance
+FAILURE_SECONDS = 3.0
 ACCEPT_AT_ONCE = 64                 # new visitors per round of the loop, so that the others get their turn
 VISITOR_READ = 4096                 # bytes
 ANONYMOUS_NAMES = (b"ftp", b"anonymous")
@@ -7731,10 +7862,12 @@ class Server:
         self.options, self.log, self.channel, self.listeners = options, log, channel, listeners
         self.sessions = sessions                            # id of the login: address of its client
         self.defender = defender
-        self.visitors: "dict[int, Visitor]" = {}            # by descriptor, the one that made no progress for longest first
+        # by descriptor, the one that made no progress for longest first
+        self.visitors: "dict[int, Visitor]" = {}
         self.since: "dict[int, float]" = {}                 # by descriptor: when it made progress
         self.checking: "dict[int, Visitor]" = {}            # by id of the login
-        self.consulted: "dict[int, str]" = {}               # by PRIV's number: address of a TLS client whose login is checked
+        # by PRIV's number: address of a TLS client whose login is checked
+        self.consulted: "dict[int, str]" = {}
         self.per_address: "dict[str, int]" = {}
         for address in sessions.values():
             self.count(address)
@@ -7898,7 +8031,8 @@ class Server:
         try:
             if visitor.output:
                 visitor.sock.send(visitor.output, socket.MSG_DONTWAIT)
-            visitor.sock.recv(VISITOR_READ, socket.MSG_DONTWAIT)       # unread input would turn our goodbye into a reset
+            # unread input would turn our goodbye into a reset
+            visitor.sock.recv(VISITOR_READ, socket.MSG_DONTWAIT)
         except OSError:
             pass
         visitor.closing = True
@@ -8000,7 +8134,10 @@ class Server:
         self.at(now + wait, lambda: self.attend(visitor, self.begin_login, visitor, user, password))
 
     def start_tls(self, visitor: Visitor) -> Any:
-        """Hand the client to a process of its own, which will do the handshake. What it sent with AUTH TLS must not count."""
+        """Hand the client to a process of its own, which will do the handshake.
+
+        What it sent with AUTH TLS must not count.
+        """
         if visitor.input.pending():
             raise Hangup(503, "Commands after AUTH TLS must be encrypted")
         visitor.output += reply_bytes(234, "AUTH TLS OK")
@@ -8010,7 +8147,9 @@ class Server:
         self.start_handshake(visitor)
 
     def start_handshake(self, visitor: Visitor) -> None:
-        """Hand the client over: at once after AUTH TLS, else (and with -3) when its ClientHello, and the name in it, has come."""
+        """Hand the client over: at once after AUTH TLS, else (and with -3) when its ClientHello, and the name in it,
+        has come.
+        """
         if (self.options.extcert or visitor.negotiated.implicit) and not self.hello_seen(visitor):
             return
         self.last_id += 1
@@ -8022,7 +8161,10 @@ class Server:
         self.gone_on(visitor, self.last_id)
 
     def hello_seen(self, visitor: Visitor) -> bool:
-        """Whether the ClientHello has come: then `negotiated.sni` is the name in it. Raises Hangup when it will not come any more."""
+        """Whether the ClientHello has come: then `negotiated.sni` is the name in it.
+
+        Raises Hangup when none will come.
+        """
         visitor.hello, before = max(visitor.hello, 1), visitor.hello
         visitor.parked = True
         try:
@@ -8199,7 +8341,10 @@ class Certificates:
                 ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
 
     def context(self, name: bytes) -> Any:
-        """A fresh SSLContext for a client that asked for host `name`. Raises OSError when there is no usable certificate."""
+        """A fresh SSLContext for a client that asked for host `name`.
+
+        Raises OSError when there is no usable certificate.
+        """
         host = self.of_host(name) if name and self.options.extcert else None
         context = self.context_or_last(host) if host else None
         if context is None:
@@ -8281,7 +8426,8 @@ def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
     context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
     context.set_alpn_protocols(["ftp"])
     context.options |= ssl.OP_NO_COMPRESSION | getattr(ssl, "OP_NO_RENEGOTIATION", 0)
-    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)  # Python 3.9 to 3.11 set it: uploads cut off would pass
+    # Python 3.9 to 3.11 set it: uploads cut off would pass
+    context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
     ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
     while ciphers[:3] in ("-C:", "-S:"):
         if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
@@ -8303,7 +8449,8 @@ def lowest_version(ssl: Any, context: Any, version: str) -> None:
 
 
 def certificate_end(ssl: Any, pem: str) -> "float | None":
-    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1)."""
+    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1).
+    """
     start = pem.find("-----BEGIN CERTIFICATE-----")
     end = pem.find("-----END CERTIFICATE-----", start)
     try:
@@ -8331,7 +8478,10 @@ def der_items(data: bytes) -> "list[tuple[int, bytes]]":
 
 
 def certificate_make(options: Any, log: Log) -> None:
-    """--tlsselfsigned: a self-signed certificate where there is none, for the key that may be there already. Raises ConfigError."""
+    """--tlsselfsigned: a self-signed certificate where there is none, for the key that may be there already.
+
+    Raises ConfigError.
+    """
     import subprocess
     certificate, key = options.certfile
     if os.path.exists(certificate):
@@ -8568,7 +8718,8 @@ class TlsDoor:
         self.poller = select.poll()
         self.poller.register(self.sock, select.POLLIN)
         self.poller.register(relay, select.POLLIN)
-        self.from_client(relay)                             # OpenSSL may have more of a record that began before the login
+        # OpenSSL may have more of a record that began before the login
+        self.from_client(relay)
         while True:
             for fd, _ in self.poller.poll():
                 if fd == relay.fileno():
@@ -8609,13 +8760,15 @@ class TlsDoor:
 # ==== Privilege separation: everything that may run as root =======================================
 # Please read this section with suspicion. The processes, and what each may be asked:
 #
-# process        uid                              root directory   reads of clients       answers (to whom)
-# (PRIV)         saved 0, at rest euid _pure-ftpd  /                nothing                LOGIN, STARTTLS (SERVER), LOGIN (TLS), BINDRESPORT,
-#                                                                                         REMOVEFTPWHOENTRY, ADMITTED, REOPENLOG (session)
-# (SERVER)       _pure-ftpd for good              an empty one     all of visitors        VERDICT, ENDED, CONSULT, DRAIN, STOP (PRIV)
-# (TLS)          _pure-ftpd for good              an empty one     all of its client      VERDICT, ENDED, STOP (PRIV)
-# (LOGIN)        0 till it is (IDLE)              /                one name, one password nothing
-# (IDLE) ...     the user for good                the user's home  all of its client      STOP (PRIV)
+# process     uid                       root directory   reads of clients        answers (to whom)
+# (PRIV)      0 saved, at rest euid     /                nothing                 LOGIN, STARTTLS, GRANTED (SERVER), LOGIN (TLS),
+#             _pure-ftpd                                                         ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY,
+#                                                                                REOPENLOG (session)
+# (SERVER)    _pure-ftpd for good       an empty one     all of visitors         VERDICT, ENDED, JOINED, CONSULT, OUTCOME, DRAIN,
+#                                                                                STOP (PRIV)
+# (TLS)       _pure-ftpd for good       an empty one     all of its client       VERDICT, ENDED, STOP (PRIV)
+# (LOGIN)     0 till it is (IDLE)       /                one name, one password  nothing
+# (IDLE) ...  the user for good         the user's home  all of its client       STOP (PRIV)
 #
 # PRIV is asked in messages of fixed size, in which no client has a say but in LOGIN, whose variable part it passes on
 # unread. What it does as root are the root_* functions below. uids and root directories are changed by
@@ -8703,7 +8856,10 @@ def privsep_check(privileges: Privileges) -> None:
 
 
 class as_root:
-    """`with as_root(privileges):` between privsep_priv_user() and privsep_unpriv_user(). Nothing that is long belongs inside."""
+    """`with as_root(privileges):` between privsep_priv_user() and privsep_unpriv_user().
+
+    Nothing that is long belongs inside.
+    """
 
     def __init__(self, privileges: Privileges) -> None:
         self.privileges = privileges
@@ -8759,7 +8915,10 @@ def tool_identity(uid: "int | None", gid: "int | None") -> "tuple[int, int] | No
 
 
 def tool_become(uid: int, gid: int) -> None:
-    """Be whom tool_identity() found. Without -u a tool stays root, as the original's, in the group of -g. Raises OSError."""
+    """Be whom tool_identity() found. Without -u a tool stays root, as the original's, in the group of -g.
+
+    Raises OSError.
+    """
     if uid:
         user_for_good(uid, gid, (gid,))
     else:
@@ -8768,7 +8927,9 @@ def tool_become(uid: int, gid: int) -> None:
 
 
 def confine(directory: "int | bytes") -> bool:
-    """chroot(2) into a directory (a path or a descriptor) and stand at its top; False where the kernel forbids it (some containers)."""
+    """chroot(2) into a directory (path or descriptor) and stand at its top; False where that is forbidden (some
+    containers).
+    """
     os.chdir(directory)
     try:
         os.chroot(".")
@@ -8787,7 +8948,9 @@ def give_up_for_all(log: Log) -> None:
 
 
 def cage(privileges: Privileges, empty: bytes, log: Log) -> None:
-    """SERVER and TLS: the privsep user for good, in an empty directory (or where no file can be touched), unable to fork."""
+    """SERVER and TLS: the privsep user for good, in an empty directory (or where no file can be touched), unable to
+    fork.
+    """
     import resource
     missing = []
     if privileges.root:
@@ -8807,11 +8970,16 @@ def close_others(keep: "list[int]") -> None:
     Python 3.9 tries each number up to the limit, which may be a million: there /proc tells which are open.
     """
     import resource
-    if sys.version_info < (3, 10) and os.path.isdir("/proc/self/fd"):
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if fd > 2 and fd not in keep:
-                os.closerange(fd, fd + 1)
-        return
+    if sys.version_info < (3, 10):
+        try:
+            present = [int(name) for name in os.listdir("/proc/self/fd")]
+        except OSError:                                     # no /proc, or no descriptor left to list it with
+            pass
+        else:
+            for fd in present:
+                if fd > 2 and fd not in keep:
+                    os.closerange(fd, fd + 1)
+            return
     last = 2
     for fd in sorted(keep):
         os.closerange(last + 1, fd)
@@ -8907,7 +9075,8 @@ def home_make(home: Home, account: Account, options: Any) -> None:
 
 
 def unprivileged_answer(privileges: Privileges, question: "Callable[[], bytes]") -> bytes:
-    """What `question` returns in a process of its own that is nobody and holds nothing: name servers are strangers, too.
+    """What `question` returns in a process of its own that is nobody and holds nothing: name servers are strangers,
+    too.
 
     b"" after NAME_SECONDS.
     """
@@ -8996,7 +9165,8 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
     try:
         privsep_priv_user(privileges)
         request = login_parse(check.message)
-        check = check._replace(peer=check.peer._replace(sni=request.negotiated.sni.decode("ascii", "replace")))
+        if request.negotiated.sni:
+            check = check._replace(peer=check.peer._replace(sni=request.negotiated.sni.decode("ascii", "replace")))
         shown = printable(request.user) or "anonymous"
         try:
             account = login_account(setup, request, check.peer)
@@ -9047,7 +9217,10 @@ def serve(options: Any, log: Log, entry: Entry) -> None:
 
 
 def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, channel: socket.socket) -> Entry:
-    """Prepare what needs root, then become the user for good. Raises OSError, ConfigError, Overcrowded, BackendBroken."""
+    """Prepare what needs root, then become the user for good.
+
+    Raises OSError, ConfigError, Overcrowded, BackendBroken.
+    """
     options, log, peer = setup.options, setup.log, check.peer
     home = home_of(options, account)
     if options.createhomedir:
@@ -9134,8 +9307,10 @@ def control_prepare(control: socket.socket) -> None:
     """A client that takes no reply for long is gone; urgent data (telnet's Synch) comes in line."""
     control.setblocking(True)
     control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_SECONDS, 0))
-    if control.family != socket.AF_UNIX:
+    try:
         control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    except OSError:
+        pass                                                # a relay, where the system does not know this for it
 
 
 def system_home(name: bytes) -> "bytes | None":
@@ -9156,7 +9331,10 @@ SYSTEMD_FIRST_FD = 3
 
 
 def defaults_without_root(options: Any) -> None:
-    """An ordinary user's server: this machine only, port 2121, and without -l anonymous and read-only. Raises ConfigError."""
+    """An ordinary user's server: this machine only, port 2121, and without -l anonymous and read-only.
+
+    Raises ConfigError.
+    """
     if not options.bind:
         options.bind = (("127.0.0.1", None),)
     if not options.login:
@@ -9217,7 +9395,10 @@ def listener_open(family: int, address: "tuple[Any, ...]", options: Any) -> sock
 
 
 def listeners_renew(options: Any, old: "list[Listener]") -> "list[Listener]":
-    """What is to be listened on, with those of `old` that are still asked for. Raises ConfigError, and has opened nothing then."""
+    """What is to be listened on, with those of `old` that are still asked for.
+
+    Raises ConfigError; then nothing is opened.
+    """
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         return old or systemd_listeners()
     before = {listener[:3]: listener for listener in old}
@@ -9257,7 +9438,9 @@ def systemd_listeners() -> "list[Listener]":
 
 
 def aliases_read(path: str) -> "dict[bytes, bytes]":
-    """pureftpd-dir-aliases: lines in pairs, a name and the directory it stands for; blank lines and # comments are skipped."""
+    """pureftpd-dir-aliases: lines in pairs, a name and the directory it stands for; blank lines and # comments are
+    skipped.
+    """
     try:
         with open(path, "rb") as file:
             lines = [line.strip() for line in file.read(1 << 20).split(b"\n")]
@@ -9350,7 +9533,8 @@ class Monitor:
                  inetd: "socket.socket | None" = None) -> None:
         self.setup, self.argv, self.listeners, self.inetd = setup, argv, listeners, inetd
         self.children: "dict[int, Child]" = {}
-        self.consulting: "dict[int, tuple[Check, Child]]" = {}  # by our number: logins of TLS clients that SERVER must permit
+        # by our number: logins of TLS clients that SERVER must permit
+        self.consulting: "dict[int, tuple[Check, Child]]" = {}
         self.consultations = 0
         self.waiting: "deque[tuple[Check, Child]]" = deque()    # logins for which there is no child yet
         self.unsent: "deque[tuple[Child, bytes]]" = deque()     # messages for which there was no room
@@ -9495,7 +9679,9 @@ class Monitor:
         return child
 
     def start_server(self) -> None:
-        """A SERVER that knows the sessions there are, and accepts from now on. Those before it stay till their visitors have gone."""
+        """A SERVER that knows the sessions there are, and accepts from now on; those before it stay for their
+        visitors.
+        """
         self.generation = self.generation % 255 + 1
         sessions = {child.number: child.peer.address for child in self.children.values()
                     if child.peer and (child.state == STATE_TLS or child.asker and child.asker.state == STATE_SERVER)}
@@ -10484,16 +10670,9 @@ def quotacheck_enter(job: QuotacheckJob) -> int:
     os.fchdir(root)
     if os.geteuid() == 0:
         os.chroot(".")
-        os.setgroups(job.groups)
-        os.setgid(job.gid)
-        os.setuid(job.uid)
+        user_for_good(job.uid, job.gid, job.groups)
         os.chdir("/")                           # may the user be here at all
-        try:
-            os.setuid(0)
-        except PermissionError:
-            return root
-        raise OSError(errno.EPERM, "root could be regained")
-    if os.fstat(root).st_uid != job.uid:
+    elif os.fstat(root).st_uid != job.uid:
         raise OSError(errno.EPERM, "it belongs to somebody else, for which root is needed")
     return root
 
@@ -11670,7 +11849,8 @@ USAGE = "usage: pureftpd.py [options] [configuration file]\n       pureftpd.py T
 
 
 def inetd_client() -> "socket.socket | None":
-    """The client on descriptor 0 when a super-server has started us, moved out of the way of stray output; else None."""
+    """The client on descriptor 0 when a super-server has started us, moved out of the way of stray output; else None.
+    """
     try:
         if not stat.S_ISSOCK(os.fstat(0).st_mode):
             return None
@@ -11709,28 +11889,6 @@ def pidfile_remove(path: str) -> None:
         pass
 
 
-def daemonize() -> int:
-    """Go on in the background, in a session of its own. The first process ends with ours: 1 when we fail before detach(this)."""
-    reader, writer = os.pipe()
-    if os.fork():
-        os.close(writer)
-        os._exit(0 if os.read(reader, 1) else 1)
-    os.close(reader)
-    os.setsid()
-    return writer
-
-
-def detach(ready: int) -> None:
-    """All that can go wrong has gone well: / as working directory, nothing on 0, 1 and 2, and the first process may end."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-    os.write(ready, b".")
-    os.close(ready)
-
-
 def descriptors_raise() -> None:
     """Allow as many descriptors as the system lets us."""
     import resource
@@ -11741,7 +11899,8 @@ def descriptors_raise() -> None:
 
 
 def announce(setup: Setup, listeners: "list[Listener]") -> None:
-    """Say where we listen; and without root and accounts, which is the first thing people try, what they have started."""
+    """Say where we listen; and without root and accounts, which is the first thing people try, what they have started.
+    """
     options, log = setup.options, setup.log
     for listener in listeners:
         host, port = listener.sock.getsockname()[:2]
@@ -11768,18 +11927,19 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
         log.warning("Running as %s, which other services may share: create a user called %s" % (
             privileges.name, PRIVSEP_USERS[0]))
     setup = setup_read(options, log, privileges)
-    scoreboard_read(options.statedir)                   # which removes the entries that a server killed with -9 has left
+    # which removes the entries that a server killed with -9 has left
+    scoreboard_read(options.statedir)
     pipe = uploadpipe_create(options.statedir) if options.uploadscript else None
     listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
     pidfile = os.path.abspath(pidfile)                  # -B leaves the directory that it is relative to
     title_area_prepare()
     descriptors_raise()
-    announce(setup, listeners)
-    ready = daemonize() if options.daemonize and not inetd else None
+    ready = background() if options.daemonize and not inetd else None
     if not inetd:
         pidfile_write(pidfile)
     try:
+        announce(setup, listeners)
         return privsep_init(setup, argv, listeners, inetd, ready)
     finally:
         if not inetd:
@@ -11833,7 +11993,10 @@ TOOLS: "dict[str, Callable[[list[str]], int]]" = {
 
 
 def main(argv: "list[str]") -> int:
-    """The program: a tool when it is called by a tool's name or with one as its first word, else the daemon. The exit status."""
+    """The program: a tool when it is called by a tool's name or with one as its first word, else the daemon.
+
+    The exit status.
+    """
     called = os.path.basename(argv[0])
     if called.startswith("pure-") and called[5:] in TOOLS:
         return TOOLS[called[5:]](argv[1:])

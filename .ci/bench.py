@@ -57,7 +57,8 @@ import sys
 import tempfile
 import time
 import traceback
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
 
 # ==== The bars ====================================================================================
 # A row per promise of the issues. Rows with the same measure and arguments share its runs. A bar that begins with x
@@ -233,7 +234,7 @@ class World:
                     out.write("x" * (i % 100))
         return 10000
 
-    @functools.lru_cache(maxsize=None)     # noqa: B019  (one World, which lives as long as the program)
+    @functools.cache     # noqa: B019  (one World, which lives as long as the program)
     def passwd(self, users: int) -> str:
         """The path of a pureftpd.passwd with `users` ordinary users and the throttled ones."""
         path = f"{self.root}/{users}.passwd"
@@ -242,14 +243,14 @@ class World:
             out.writelines(passwd_line(f"slow{k}", self.home, k << 10, k << 10) for k in THROTTLES)
         return path
 
-    @functools.lru_cache(maxsize=None)     # noqa: B019
+    @functools.cache     # noqa: B019
     def database(self, users: int) -> str:
         """The path of the PureDB made from passwd(users) by the original's pure-pw."""
         path = f"{self.root}/{users}.pdb"
         subprocess.run([*self.tool("original", "pw"), "mkdb", path, "-f", self.passwd(users)], check=True)
         return path
 
-    @functools.lru_cache(maxsize=None)     # noqa: B019
+    @functools.cache     # noqa: B019
     def certificate(self) -> str:
         """CERT,KEY for -2: EC P-256, what the clients of Let's Encrypt make today."""
         path = f"{self.root}/server"
@@ -490,7 +491,7 @@ class Client:
         self.sock.close()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tls_context() -> ssl.SSLContext:
     """TLS 1.3 without checking whom we speak to."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
