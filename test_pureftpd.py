@@ -35,7 +35,10 @@ import threading
 import time
 import types
 import unittest
-from pureftpd import BackendBroken, ConfigError, Defender, OPTIONS, Option, Peer, Refused, access_allows, access_is_trusted, access_now, address_text, flag, options_parse, options_read
+from pureftpd import (
+    BackendBroken, ConfigError, Defender, OPTIONS, Option, Peer, Refused, access_allows, access_is_trusted,
+    access_now, address_text, flag, options_parse, options_read,
+)
 from unittest import mock
 from xml.etree import ElementTree
 
@@ -1394,8 +1397,8 @@ class RecordRules(unittest.TestCase):
 
 
 PEER = Peer("192.0.2.1", 4000, "::ffff:10.0.0.1", 21, True, "ftp.example")
-JOEHASH = pureftpd.crypt_in_python(b"secret", b"$1$saltsalt$").decode()
-SLOWHASH = pureftpd.crypt_in_python(b"secret", b"$6$rounds=20000$saltsalt$").decode()
+JOEHASH = (pureftpd.crypt_in_python(b"secret", b"$1$saltsalt$") or b"").decode()
+SLOWHASH = (pureftpd.crypt_in_python(b"secret", b"$6$rounds=20000$saltsalt$") or b"").decode()
 ORIGINALS = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/opt/pureftpd-orig/usr/sbin"))
 
 
@@ -11932,7 +11935,7 @@ for name in ("passwd", "shadow", "shells"):
 
 class Issue3Guessing(Issue3):
     def test_a_stranger_cannot_tell_an_unknown_user(self):
-        hashed = pureftpd.crypt_in_python(b"secret", b"$6$rounds=20000$saltsalt$").decode()
+        hashed = (pureftpd.crypt_in_python(b"secret", b"$6$rounds=20000$saltsalt$") or b"").decode()
         method = self.database("cost.pdb", *[self.user("joe%d" % i, hashed=hashed) for i in range(20)])
         server = self.server("-l", method, patches="""
 check = pureftpd.login_account

@@ -57,7 +57,7 @@ import sys
 import tempfile
 import time
 import traceback
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, NamedTuple, Optional
 from collections.abc import Iterator
 
 # ==== The bars ====================================================================================
@@ -167,7 +167,7 @@ def passwd_line(name: str, home: str, up: int = 0, down: int = 0) -> str:
 class World:
     """The work directory and what both servers are given: home, users, certificate."""
 
-    def __init__(self, quick: bool, original: str, ours: List[str]) -> None:
+    def __init__(self, quick: bool, original: str, ours: list[str]) -> None:
         self.quick = quick
         shm = "/dev/shm" if os.path.ismount("/dev/shm") else tempfile.gettempdir()
         self.root = tempfile.mkdtemp(prefix="pureftpd-bench.", dir=shm)
@@ -203,7 +203,7 @@ class World:
     def size(self, normal: int, quick: int) -> int:
         return quick if self.quick else normal
 
-    def tool(self, side: str, name: str) -> List[str]:
+    def tool(self, side: str, name: str) -> list[str]:
         """The command that begins a run of pure-NAME, the original's or ours."""
         if side == "ours":
             return [*self.programs["ours"], name]
@@ -267,7 +267,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 PR_SET_CHILD_SUBREAPER = 36                              # linux/prctl.h
 
 
-def keeper(channel: socket.socket, argv: List[str], log: str) -> None:
+def keeper(channel: socket.socket, argv: list[str], log: str) -> None:
     """Run `argv`, reap whatever falls to us, and when the channel is closed end them all."""
     libc = ctypes.CDLL(None)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -289,10 +289,10 @@ def keeper(channel: socket.socket, argv: List[str], log: str) -> None:
                     time.sleep(0.005)
 
 
-def processes_below(top: int) -> Dict[int, List[bytes]]:
+def processes_below(top: int) -> dict[int, list[bytes]]:
     """pid -> fields of /proc/PID/stat from `state` on, for all descendants of `top` (zombies too)."""
-    stats: Dict[int, List[bytes]] = {}
-    children: Dict[int, List[int]] = {}
+    stats: dict[int, list[bytes]] = {}
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as stat:
@@ -322,7 +322,7 @@ def tree_cpu(top: int) -> float:
     return total
 
 
-def machine_cpu() -> List[Tuple[float, float]]:
+def machine_cpu() -> list[tuple[float, float]]:
     """(busy, idle) seconds of each CPU since boot."""
     with open("/proc/stat") as stat:
         lines = [[int(word) / TICKS for word in line.split()[1:9]] for line in stat if re.match(r"cpu\d", line)]
@@ -365,7 +365,7 @@ class Server:
             words = log.read().strip().splitlines() or ["without a word"]
         raise Unmeasurable("does not start: " + words[-1])
 
-    def processes(self) -> Dict[int, List[bytes]]:
+    def processes(self) -> dict[int, list[bytes]]:
         return {pid: fields for pid, fields in processes_below(self.keeper).items() if fields[0] != b"Z"}
 
     def settle(self, extra: int = 0) -> int:
@@ -403,7 +403,7 @@ class Server:
         os.waitpid(self.keeper, 0)
 
 
-def fork(function: Callable, *args: Any) -> Tuple[socket.socket, int]:
+def fork(function: Callable, *args: Any) -> tuple[socket.socket, int]:
     """(channel to, pid of) a child that runs function(its end, *args), has nothing else of ours open, and ends."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -581,7 +581,7 @@ class Crowd:
         except ValueError:
             raise Unmeasurable("client: " + (words or "gone")) from None
 
-    def run(self) -> Tuple[List[Any], float]:
+    def run(self) -> tuple[list[Any], float]:
         """(what each has done, seconds from the first start to the last end)."""
         for channel, _ in self.members:
             channel.send(b"!")
@@ -640,8 +640,8 @@ def repeated(step: Callable[[], Any], seconds: float) -> int:
 # ==== Measures ====================================================================================
 # Each takes the Bench and the side and returns its figures by their units.
 
-Figures = Dict[str, float]
-MEASURES: Dict[str, Callable[..., Figures]] = {}
+Figures = dict[str, float]
+MEASURES: dict[str, Callable[..., Figures]] = {}
 
 
 def measure(function: Callable[..., Figures]) -> Callable[..., Figures]:
@@ -655,7 +655,7 @@ class Bench:
     def __init__(self, world: World) -> None:
         self.world = world
         self.seconds = 0.4 if world.quick else 1.5
-        self.running: Dict[tuple, Server] = {}
+        self.running: dict[tuple, Server] = {}
 
     def server(self, side: str, *switches: str, users: int = 10) -> Server:
         """A server with `switches`, started at the first call."""
@@ -955,7 +955,7 @@ def big_database(bench: Bench, side: str) -> Figures:
     return {"ratio": statistics.median(t[1] for t in times) / statistics.median(t[0] for t in times)}
 
 
-def run_timed(argv: List[str]) -> float:
+def run_timed(argv: list[str]) -> float:
     """Seconds that `argv` runs; Unmeasurable if it fails."""
     began = time.monotonic()
     done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
@@ -1073,7 +1073,7 @@ def too_long(*_: Any) -> None:
     raise Unmeasurable("took too long")
 
 
-def quietest_run(tries: int, take: Callable[[], Figures]) -> Tuple[float, Figures]:
+def quietest_run(tries: int, take: Callable[[], Figures]) -> tuple[float, Figures]:
     """(share of others, figures) of the first quiet run, or of the least noisy of `tries`."""
     runs = []
     for _ in range(tries):
@@ -1089,10 +1089,10 @@ def quietest_run(tries: int, take: Callable[[], Figures]) -> Tuple[float, Figure
     return min(runs, key=lambda run: run[0])
 
 
-def rounds_of(bench: Bench, name: str, args: tuple, sides: List[str], rounds: int) -> Tuple[Dict[str, Figures], str]:
+def rounds_of(bench: Bench, name: str, args: tuple, sides: list[str], rounds: int) -> tuple[dict[str, Figures], str]:
     """(side -> its figures: the medians of the rounds, remarks: what failed, or disturbed). The sides take turns."""
-    taken: Dict[str, List[Tuple[float, Figures]]] = {side: [] for side in sides}
-    failed: Dict[str, str] = {}
+    taken: dict[str, list[tuple[float, Figures]]] = {side: [] for side in sides}
+    failed: dict[str, str] = {}
     for _ in range(rounds):
         for side in sides:
             if side not in failed:
@@ -1108,7 +1108,7 @@ def rounds_of(bench: Bench, name: str, args: tuple, sides: List[str], rounds: in
     return medians, "; ".join(remarks)
 
 
-def row_and_verdict(bar: Bar, figures: Dict[str, Figures], remarks: str) -> Tuple[str, str]:
+def row_and_verdict(bar: Bar, figures: dict[str, Figures], remarks: str) -> tuple[str, str]:
     """The line of the table, and ok, MISS, skip or "" (nothing was asked for)."""
     original, ours = (figures[side][bar.unit] if side in figures else None for side in ("original", "ours"))
     met = bar_met(bar.bar, original, ours)
@@ -1184,7 +1184,7 @@ def main() -> int:
           f"{'name':15}{'measure':32}{'original':>10} {'ours':>10} {'unit':8}{'ratio':>7} {'bar':>7}", flush=True)
     verdicts = []
     try:
-        known: Dict[tuple, Tuple[Dict[str, Figures], str]] = {}
+        known: dict[tuple, tuple[dict[str, Figures], str]] = {}
         for bar in wanted:
             key = (bar.measure, bar.args)
             if key not in known:
