@@ -3220,6 +3220,8 @@ class KernelTree(Tree):
 
     def real(self, path: bytes) -> bytes:
         try:
+            if b"/" not in path and not stat.S_ISLNK(os.lstat(path).st_mode):      # mostly; os.path.realpath() is slow
+                return self.absolute(path)
             return os.path.realpath(path)
         except OSError:
             return self.absolute(path)          # the working directory is gone
@@ -4720,6 +4722,8 @@ XFERLOG_ESCAPES = escapes(b" ", lambda b: b"_")
 
 
 def escaped(data: bytes, table: "list[bytes]") -> bytes:
+    if not data.translate(None, URL_PLAIN):         # most names: nothing in them is special anywhere
+        return data
     return b"".join([table[b] for b in data])
 
 
