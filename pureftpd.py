@@ -6575,7 +6575,7 @@ class FileCommands(SessionLoop):
         before = self.account.vhost.encode() + b":" if self.account.vhost else self.entry.root
         return before + self.tree.absolute(path)
 
-    def allowed(self, path: bytes, write: bool) -> bytes:
+    def allowed(self, path: bytes, write: bool, removing: bool = False) -> bytes:
         """`path`, when its name may be used so. Raises Refuse(553) (checknamesanity, -x, -X, -z)."""
         dotted = leads_with_dot(path)
         if dotted and not self.entry.trusted:
@@ -6585,7 +6585,7 @@ class FileCommands(SessionLoop):
                 refused = self.options.prohibitdotfilesread or write and self.options.prohibitdotfileswrite
             if refused:
                 raise Refuse(*DENIED)
-        if write and path.rpartition(b"/")[2].startswith(FORBIDDEN_IN_UPLOADS):
+        if write and not removing and path.rpartition(b"/")[2].startswith(FORBIDDEN_IN_UPLOADS):
             raise Refuse(*DENIED)
         self.quota_guard(path)
         return path
@@ -6706,7 +6706,7 @@ class FileCommands(SessionLoop):
         self.for_users("delete files")
         if self.options.keepallfiles and not self.entry.trusted:
             raise Refuse(550, "Files are kept here")
-        path = self.allowed(argument, write=True)
+        path = self.allowed(argument, write=True, removing=True)
         st = self.tree.lstat(path)
         if stat.S_ISDIR(st.st_mode):
             raise Refuse(550, "That is a directory: use RMD")
@@ -8880,9 +8880,15 @@ def user_for_good(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
     if uid == 0 or gid == 0:
         raise OSError(errno.EPERM, "refusing to run as root")
     os.setgroups(groups)
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
-    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
+    if hasattr(os, "setresuid"):
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        right = os.getresuid() == (uid,) * 3 and os.getresgid() == (gid,) * 3
+    else:                                               # macOS: for root these change all three
+        os.setgid(gid)
+        os.setuid(uid)
+        right = (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) == (uid, uid, gid, gid)
+    if not right:
         raise OSError(errno.EPERM, "not the user that was asked for")
     for regain in (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.setgroups([0])):
         try:
