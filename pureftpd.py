@@ -6991,9 +6991,6 @@ class Session(FileCommands):
 
     # -- data connections ----------------------------------------------------------------------------
 
-    def passive_possible(self) -> bool:
-        return not self.options.natmode
-
     @command("PASV", "P@SW", idle=True, feat=lambda self: "PASV" if not self.options.natmode else None)
     def do_pasv(self, argument: bytes) -> Any:
         """RFC 959 section 4.1.2. The address told is -P's for this client, else the control connection's own."""
@@ -8775,9 +8772,10 @@ class TlsDoor:
 # (IDLE) ...  the user for good         the user's home  all of its client       STOP (PRIV)
 #
 # PRIV is asked in messages of fixed size, in which no client has a say but in LOGIN, whose variable part it passes on
-# unread. What it does as root are the root_* functions below. uids and root directories are changed by
-# privsep_priv_user(), privsep_unpriv_user(), become() and confine() alone, and a test says so. Each ends the process
-# when the kernel refuses.
+# unread. What it does as root are the root_* functions below, SIGHUP's reading of the configuration, and a client's
+# certificate. A test lists who changes uids, groups and root directories: at the start privsep_check() and privsep_init(),
+# PRIV privsep_priv_user() and privsep_unpriv_user(), for good user_for_good() (become(), tool_become()) and confine(), and
+# quotacheck's own chroot. Where the kernel refuses, the process ends; confine() alone says so, and paths are walked then.
 #
 # Without root the same processes run under one uid; nothing is raised or dropped, and trees are walked (see Tree).
 
