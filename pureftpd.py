@@ -47,7 +47,7 @@ The map, foundation first; no section uses what is below it:
     Session: transfers and listings                           RETR, STOR, LIST ...
     Defender                                                  guessing passwords is made slow
     SERVER: everybody who has not logged in                   one loop for all visitors
-    TLS certificates                                          files -> SSLContext, a fresh one for each client
+    TLS certificates                                          files -> SSLContext, and each client's own ticket keys
     TLS process: one client's handshake, login and relay      TlsDoor
     Privilege separation: everything that may run as root     read this with suspicion
     Setup                                                     what options become: sockets, certificates, own files
@@ -8317,12 +8317,64 @@ SERVER_MESSAGES = {
 # plain socket. So OpenSSL meets strangers in processes that hold nothing but one stranger's connection and the
 # certificate's key.
 #
-# PRIV makes one SSLContext for each client, from files that it reads as root: a renewed certificate serves the next
-# client. TLS process and session inherit that one context, so a data connection that resumes a TLS session resumes
-# one of this very login: no other context's ticket keys open it.
+# PRIV reads the files as root and keeps the SSLContext made from them until they change, so a renewed certificate
+# serves the next client. What is each client's own are the keys of its session tickets: TLS process and session
+# inherit them and put them into their copy of the context, so a data connection that resumes a TLS session resumes one
+# of this very login; no other client's keys open it. Where Python gives no way to set them, each client gets a context
+# made anew, whose keys OpenSSL has drawn: the same, but slower.
+#
+# Measured (8 clients at once): a context costs PRIV 0.75 ms of CPU, and every fork the release of all other clients'.
 
 EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
 CERTIFICATE_MAX = 1 << 20           # bytes of a file
+CONTEXTS_MAX = 16                   # certificates (host names) that are kept ready; others are read for each client
+FRESH_SECONDS = 2                   # a file changed so recently may change once more without a trace in its times
+TICKET_KEYS = 80                    # bytes: their name, a key for HMAC, one for AES
+SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS = 58, 59
+
+
+class ClientTls(NamedTuple):
+    """What one client's processes need for TLS."""
+    context: Any                        # the SSLContext of its certificate
+    ticket_keys: bytes                  # its own; b"" when the context is, too
+
+
+def ticket_keys_control() -> "Callable[[Any, int, Any], bool] | None":
+    """A function of an SSLContext, SSL_CTRL_... and 80 bytes: SSL_CTX_set_tlsext_ticket_keys(3), which Python does not
+    wrap.
+
+    CPython keeps OpenSSL's pointer behind the head of its object. Whether that is so here is tried in a child, which would
+    be the one to crash; None where it is not.
+    """
+    try:
+        import _ssl
+        import ctypes
+        control = ctypes.CDLL(getattr(_ssl, "__file__", None)).SSL_CTX_ctrl
+    except (ImportError, OSError, AttributeError):
+        return None
+    control.argtypes, control.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p), ctypes.c_long
+
+    def call(context: Any, command: int, keys: Any) -> bool:
+        pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
+        return control(pointer, command, TICKET_KEYS, keys) == 1
+
+    return call if sys.implementation.name == "cpython" and ticket_keys_work(call) else None
+
+
+def ticket_keys_work(call: "Callable[[Any, int, Any], bool]") -> bool:
+    """Whether a child of ours reads back the keys that it has set."""
+    import ctypes
+    import ssl
+    pid = os.fork()
+    if not pid:
+        try:
+            context, keys = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), os.urandom(TICKET_KEYS)
+            found = ctypes.create_string_buffer(TICKET_KEYS)
+            if call(context, SSL_CTRL_SET_TLSEXT_TICKET_KEYS, keys) and call(context, SSL_CTRL_GET_TLSEXT_TICKET_KEYS, found):
+                os._exit(0 if found.raw == keys else 1)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 class Certificates:
@@ -8332,6 +8384,9 @@ class Certificates:
         """Raises ConfigError when they cannot be used now."""
         import ssl
         self.ssl, self.options, self.log = ssl, options, log
+        self.control = ticket_keys_control()
+        # by paths, the last used last: (the files' state, what was made of them)
+        self.contexts: "dict[tuple[str, str], tuple[Any, Any]]" = {}
         self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
         self.complained: "set[tuple[str, str]]" = set()
         try:
@@ -8341,17 +8396,41 @@ class Certificates:
             raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
                 ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
 
-    def context(self, name: bytes) -> Any:
-        """A fresh SSLContext for a client that asked for host `name`.
+    def of_client(self, name: bytes) -> ClientTls:
+        """What a client gets that asked for host `name`.
 
         Raises OSError when there is no usable certificate.
         """
         host = self.of_host(name) if name and self.options.extcert else None
-        context = self.context_or_last(host) if host else None
+        context = self.context_ready(host) if host else None
         if context is None:
-            context = self.context_or_last(self.options.certfile)
+            context = self.context_ready(self.options.certfile)
         if context is None:
             raise OSError(errno.ENOENT, "there is no usable certificate")
+        return ClientTls(context, os.urandom(TICKET_KEYS) if self.control else b"")
+
+    def own(self, tls: "ClientTls | None") -> None:
+        """In a child: keep this client's context, with its keys, and let go of the others (OpenSSL overwrites keys that
+        it frees).
+        """
+        self.contexts.clear()
+        if tls is not None and self.control is not None:
+            if not self.control(tls.context, SSL_CTRL_SET_TLSEXT_TICKET_KEYS, tls.ticket_keys):
+                raise OSError(errno.EINVAL, "OpenSSL does not take ticket keys")
+            wipe(tls.ticket_keys)
+
+    def context_ready(self, paths: "tuple[str, str]") -> Any:
+        """context_or_last(), made only when the files have changed and clients can share it."""
+        if self.control is None:
+            return self.context_or_last(paths)
+        state = files_state(paths)
+        known, context = self.contexts.pop(paths, (None, None))
+        if state is None or state != known:
+            context = self.context_or_last(paths) or context
+        if context is not None:
+            self.contexts[paths] = state, context
+            if len(self.contexts) > CONTEXTS_MAX:
+                del self.contexts[next(iter(self.contexts))]
         return context
 
     def context_or_last(self, paths: "tuple[str, str]") -> Any:
@@ -8391,6 +8470,7 @@ class Certificates:
 
     def close(self) -> None:
         """Forget what was good: another Certificates has taken over."""
+        self.contexts.clear()
         for fds in self.good.values():
             for fd in fds:
                 os.close(fd)
@@ -8403,6 +8483,17 @@ class Certificates:
             self.log.warning("The certificate %s %s %s" % (
                 self.options.certfile[0], "ends" if ends > time.time() else "has ended",
                 time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
+
+
+def files_state(paths: "tuple[str, ...]") -> Any:
+    """What changes whenever one of the files does; None for what may have changed, or may yet, without that."""
+    try:
+        found = [os.stat(path) for path in paths]
+    except OSError:
+        return None
+    if time.time() - max(entry.st_ctime for entry in found) < FRESH_SECONDS:
+        return None
+    return [(entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for entry in found]
 
 
 def memory_copy(path: str) -> int:
@@ -9144,7 +9235,7 @@ class Check(NamedTuple):
     client: int                         # descriptor
     peer: Peer
     asker: socket.socket                # PRIV's end of the channel of SERVER or TLS: where VERDICT goes
-    tls: Any                            # the SSLContext of the client, None in the clear
+    tls: "ClientTls | None"             # None in the clear
     consultation: int = 0               # SERVER's permission, for a client behind a TLS process
 
 
@@ -9248,7 +9339,7 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     tree, root = settle(setup, account, home)
     control_prepare(control)
     return Entry(account, peer, tree, control, channel, request.negotiated, request.pending, root, home.start, home.locked,
-                 home.trusted, host, names, setup.aliases, board, logs, pipe, check.tls, time.localtime().tm_gmtoff, load,
+                 home.trusted, host, names, setup.aliases, board, logs, pipe, check.tls and check.tls.context, time.localtime().tm_gmtoff, load,
                  rules, system_home)
 
 
@@ -9526,10 +9617,11 @@ class Child:
     """A process that PRIV has forked."""
 
     def __init__(self, pid: int, state: str, channel: socket.socket, number: int = 0, peer: "Peer | None" = None,
-                 asker: "Child | None" = None, tls: Any = None, altlog: "tuple[Any, ...]" = ()) -> None:
+                 asker: "Child | None" = None, tls: "ClientTls | None" = None, altlog: "tuple[Any, ...]" = ()) -> None:
         self.pid, self.state, self.channel = pid, state, channel
         self.number = number                    # the id of the LOGIN or STARTTLS it was forked for
-        self.peer, self.asker, self.tls = peer, asker, tls
+        self.peer, self.asker = peer, asker
+        self.tls = tls                          # till its client is logged in
         self.altlog = altlog                    # -O as it was when a session began
         self.consultation = 0                   # under which number SERVER permitted the login, 0 when it was not asked
 
@@ -9706,11 +9798,14 @@ class Monitor:
             if other.state == STATE_SERVER and other is not self.server:
                 self.tell(other, PLAIN.pack(DRAIN, 0))
 
-    def forget_secrets(self, tls: Any = None) -> None:
-        """In a child: drop what is not its business, other clients' TLS contexts (with our key) and passwords."""
+    def forget_secrets(self, tls: "ClientTls | None" = None) -> None:
+        """In a child: drop what is not its business, certificates' keys, other clients' keys and passwords."""
         for child in self.children.values():
-            if child.tls is not tls:
-                child.tls = None                                # OpenSSL overwrites keys that it frees
+            if child.tls is not None and child.tls is not tls:
+                wipe(child.tls.ticket_keys)
+                child.tls = None
+        if self.setup.certificates is not None:
+            self.setup.certificates.own(tls)
         wipe(*[check.message for check, _ in (*self.waiting, *self.consulting.values())])
         self.waiting.clear()
         self.consulting.clear()
@@ -9823,6 +9918,8 @@ class Monitor:
     def on_login(self, child: Child, message: bytes, fds: "list[int]") -> None:
         """SERVER or TLS has credentials to be checked."""
         number = login_id(message)
+        if child.state == STATE_TLS and child.tls is None:
+            raise MessageError("LOGIN of a client that is logged in already")
         if not fds:                                         # or we have no room for it
             self.tell(child, NUMBERED.pack(VERDICT, number, VERDICT_BROKEN))
             return
@@ -9913,6 +10010,9 @@ class Monitor:
         plain_parse(message)
         child.state = STATE_SESSION
         self.consulted(child, VERDICT_IN)
+        if child.asker is not None and child.asker.tls is not None:
+            wipe(child.asker.tls.ticket_keys)               # both of its processes have them
+            child.asker.tls = None
         self.check_done()
 
     def on_starttls(self, child: Child, message: bytes, fds: "list[int]") -> None:
@@ -9938,18 +10038,18 @@ class Monitor:
     def fork_tls(self, asker: Child, number: int, client: int, peer: Peer, negotiated: Negotiated) -> None:
         assert self.setup.certificates is not None
         with as_root(self.setup.privileges):
-            context = self.setup.certificates.context(negotiated.sni)
-        self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, context, negotiated, peer),
-                                 number=number, peer=peer, asker=asker, tls=context))
+            tls = self.setup.certificates.of_client(negotiated.sni)
+        self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, tls, negotiated, peer),
+                                 number=number, peer=peer, asker=asker, tls=tls))
 
-    def tls_child(self, channel: socket.socket, client: int, context: Any, negotiated: Negotiated, peer: Peer) -> None:
-        self.forget_secrets(context)
+    def tls_child(self, channel: socket.socket, client: int, tls: ClientTls, negotiated: Negotiated, peer: Peer) -> None:
+        self.forget_secrets(tls)
         setup = self.setup
         close_others([channel.fileno(), client] + ([setup.log.socket.fileno()] if setup.log.socket else []))
         setup.log.who = "?@" + peer.address
         privsep_priv_user(setup.privileges)
         cage(setup.privileges, setup.empty, setup.log)
-        TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, context, negotiated, peer,
+        TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, tls.context, negotiated, peer,
                 setup.greeting if negotiated.implicit else None).run()
 
     def on_bindresport(self, child: Child, message: bytes, fds: "list[int]") -> None:

@@ -6773,12 +6773,20 @@ class TlsHandshakes(TlsExam):
         self.assertEqual(client.sock.recv(1), b"")
         client.sock.unwrap()
 
+    # As it is with files that were just written, with old ones, and where Python gives no way to set ticket keys.
+    WAYS = "", "pureftpd.FRESH_SECONDS = 0", "pureftpd.ticket_keys_control = lambda: None"
+
     def test_renewed_certificates_serve_the_next_client(self):
-        path = self.make_certificate("renewed")
+        for number, patches in enumerate(self.WAYS):
+            with self.subTest(patches):
+                self.check_renewal("renewed%d" % number, patches)
+
+    def check_renewal(self, name, patches):
+        path = self.make_certificate(name)
         old, switches = self.der(path), ("-Y", "1", "-2", path, "-E")
 
         def seen():
-            client = TlsClient(self.server(*switches).connect())
+            client = TlsClient(self.server(*switches, patches=patches).connect())
             self.addCleanup(client.close)
             client.reply()
             client.secure()
@@ -6786,19 +6794,19 @@ class TlsHandshakes(TlsExam):
             return client.sock.getpeercert(True)
 
         self.assertEqual(seen(), old)
-        self.make_certificate("renewed")
+        self.make_certificate(name)
         new = self.der(path)
         self.assertNotEqual(new, old)
         self.assertEqual(seen(), new)
         with open(path, "w") as file:
             file.write("-----BEGIN NONSENSE-----")
         self.assertEqual((seen(), seen()), (new, new))
-        server = self.server(*switches)
+        server = self.server(*switches, patches=patches)
         server.wait_for("ERROR.*the old one stays in use")
         self.assertEqual(sum("stays in use" in line for line in server.lines), 1)
         os.unlink(path)
         self.assertEqual(seen(), new)
-        self.make_certificate("renewed")
+        self.make_certificate(name)
         self.assertEqual(seen(), self.der(path))
         with open(path, "w") as file:
             file.write("-----BEGIN NONSENSE-----")
@@ -7095,23 +7103,90 @@ class TlsResumption(TlsExam):
 
     def test_another_logins_ticket_opens_nothing(self):
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            switches = "--tlssessionreuse", "on"
-            context = client_context(minimum_version=version, maximum_version=version)
-            first = self.secured(*switches, context=context)
-            session = first.sock.session
-            self.assertTrue(session.has_ticket)
-            again = self.visitor(*switches, context=context)
-            again.secure(session=session)
-            self.assertFalse(again.sock.session_reused)
-            self.assertEqual(again.login(), 230)
-            again.protect()
-            self.put("x", b"data")
-            with again.data() as data:
-                self.assertEqual(again.code("RETR x"), 150)
-                data.tls = context.wrap_socket(data.sock, session=session, suppress_ragged_eofs=False)
-                self.assertFalse(data.tls.session_reused)
-                self.assertEqual(again.reply()[0], 522)
-            self.assertIs(self.resumed(again), True)
+            for patches in TlsHandshakes.WAYS:
+                with self.subTest(version, patches=patches):
+                    self.check_tickets(client_context(minimum_version=version, maximum_version=version), patches)
+
+    def check_tickets(self, context, patches):
+        how = {"context": context, "patches": patches}
+        first = self.secured("--tlssessionreuse", "on", **how)
+        session = first.sock.session
+        self.assertTrue(session.has_ticket)
+        again = self.visitor("--tlssessionreuse", "on", **how)
+        again.secure(session=session)
+        self.assertFalse(again.sock.session_reused)
+        self.assertEqual(again.login(), 230)
+        again.protect()
+        self.put("x", b"data")
+        with again.data() as data:
+            self.assertEqual(again.code("RETR x"), 150)
+            data.tls = context.wrap_socket(data.sock, session=session, suppress_ragged_eofs=False)
+            self.assertFalse(data.tls.session_reused)
+            self.assertEqual(again.reply()[0], 522)
+        self.assertIs(self.resumed(again), True)
+
+
+class TlsContexts(TlsExam):
+    """What PRIV keeps of certificates, and what it hands out."""
+
+    def certificates(self, **options):
+        log = types.SimpleNamespace(warning=lambda text: None, error=lambda text: None)
+        values = {"certfile": (self.certificate,) * 2, "extcert": None, "tlsminversion": "1.2", "tlsciphersuite": None}
+        found = pureftpd.Certificates(types.SimpleNamespace(**{**values, **options}), log)
+        self.addCleanup(found.close)
+        if found.control is None:
+            self.skipTest("this Python gives no way to set ticket keys")
+        return found
+
+    def patch(self, name, value):
+        self.addCleanup(setattr, pureftpd, name, getattr(pureftpd, name))
+        setattr(pureftpd, name, value)
+
+    def test_a_context_is_made_once_and_ticket_keys_for_each(self):
+        self.patch("FRESH_SECONDS", 0)
+        certificates = self.certificates()
+        first, second = certificates.of_client(b""), certificates.of_client(b"")
+        self.assertIs(first.context, second.context)
+        self.assertEqual((len(first.ticket_keys), len(second.ticket_keys)), (80, 80))
+        self.assertNotEqual(first.ticket_keys, second.ticket_keys)
+        os.utime(self.certificate)
+        self.assertIsNot(certificates.of_client(b"").context, first.context)
+
+    def test_a_file_changed_just_now_is_read_again(self):
+        self.patch("FRESH_SECONDS", 3600)
+        certificates = self.certificates()
+        self.assertIsNot(certificates.of_client(b"").context, certificates.of_client(b"").context)
+
+    def test_ticket_keys_are_those_that_were_set(self):
+        certificates = self.certificates()
+        tls = certificates.of_client(b"")
+        wanted, found = bytes(bytearray(tls.ticket_keys)), ctypes.create_string_buffer(80)
+        certificates.own(tls)
+        certificates.control(tls.context, pureftpd.SSL_CTRL_GET_TLSEXT_TICKET_KEYS, found)
+        self.assertEqual(found.raw, wanted)
+        self.assertEqual(tls.ticket_keys, bytes(80))                    # wiped
+        self.assertEqual(certificates.contexts, {})
+
+    def test_a_client_without_its_keys_is_not_served(self):
+        certificates = self.certificates()
+        tls = certificates.of_client(b"")
+        certificates.control = lambda *_: False
+        with self.assertRaises(OSError):
+            certificates.own(tls)
+
+    def test_few_host_names_are_kept(self):
+        self.patch("FRESH_SECONDS", 0)
+        self.patch("CONTEXTS_MAX", 2)
+        directory = os.path.join(self.place, "few")
+        os.mkdir(directory)
+        for name in ("a", "b", "c"):
+            self.make_certificate(name, path=os.path.join(directory, name + ".pem"))
+        certificates = self.certificates(extcert=directory)
+        a = certificates.of_client(b"a").context
+        certificates.of_client(b"b")
+        self.assertIs(certificates.of_client(b"a").context, a)
+        c = certificates.of_client(b"c").context
+        self.assertEqual([context for _, context in certificates.contexts.values()], [a, c])
 
 
 class TlsPrograms(TlsExam):
