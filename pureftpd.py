@@ -231,6 +231,35 @@ def memory_trim() -> None:
         trim(0)
 
 
+def memory_scrub() -> None:
+    """Overwrite the memory that malloc(3) holds free: what was read there, a key above all, would go to every child.
+
+    All that is free below the end of the heap is taken, from large pieces to small ones, and given back as zeros. glibc's
+    only: others have no end of the heap to tell it by, or no such function.
+    """
+    library = libc.library
+    if getattr(library, "malloc_trim", None) is None:
+        return
+    word, pointer = libc.ctypes.c_size_t, libc.ctypes.c_void_p
+    take, give, end_of_heap = library.malloc, library.free, library.sbrk
+    take.restype, take.argtypes, give.restype, give.argtypes = pointer, (word,), None, (pointer,)
+    end_of_heap.restype, end_of_heap.argtypes = pointer, (libc.ctypes.c_ssize_t,)
+    library.malloc_trim(0)
+    end, taken = end_of_heap(0), []
+    for size in [*(1 << bits for bits in range(16, 10, -1)), *range(1024, 8, -16)]:
+        while True:
+            address = take(size)
+            if not address:
+                break
+            taken.append(address)
+            if address > end:
+                break
+            libc.ctypes.memset(address, 0, size)
+    for address in taken:
+        give(address)
+    library.malloc_trim(0)
+
+
 def wipe(*secrets: bytes) -> None:
     """Overwrite bytes objects that nobody will read again, so that no password stays in freed memory, which children
     inherit.
@@ -363,7 +392,6 @@ class Option(NamedTuple):
     directive: Any = VALUE          # how the file spells the argument: a pattern or several Directive; "" not at all
     repeat: str = "last"            # "last" counts, "count" them, "all" (tuples are joined), "place": all of the
     #                                 command line, else all of the file
-    pending: str = ""               # why any other value than the default is refused for now; "" when it works
 
     @property
     def long(self) -> str:
@@ -452,8 +480,6 @@ def option_given(row: Option, text: str, where: str) -> Given:
         value = row.parse(text)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if row.pending and value != row.default:
-        raise ConfigError(f"{where}: not available yet: {row.pending}")
     return Given(row, value, where)
 
 
@@ -2769,6 +2795,7 @@ def anonymous_user() -> Any:
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
+MSG_TRUNC, MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)       # as enums they cost PRIV 50 us a login
 
 VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 
@@ -2907,7 +2934,7 @@ def message_receive(channel: socket.socket, most_fds: int = 0) -> "tuple[bytes, 
     if not most_fds:
         return channel.recv(MESSAGE_MAX), []
     message, fds, flags, _ = socket.recv_fds(channel, MESSAGE_MAX, most_fds)
-    if flags & socket.MSG_TRUNC or flags & socket.MSG_CTRUNC and fds:
+    if flags & MSG_TRUNC or flags & MSG_CTRUNC and fds:
         for fd in fds:
             os.close(fd)
         raise MessageError("message with too much in it")
@@ -8323,6 +8350,9 @@ SERVER_MESSAGES = {
 # of this very login; no other client's keys open it. Where Python gives no way to set them, each client gets a context
 # made anew, whose keys OpenSSL has drawn: the same, but slower.
 #
+# No other process has the certificate's key: children drop the contexts that are not their client's, and what reading
+# a file leaves in free memory (stdio's and OpenSSL's buffers) is overwritten before the next fork.
+#
 # Measured (8 clients at once): a context costs PRIV 0.75 ms of CPU, and every fork the release of all other clients'.
 
 EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a line in the log
@@ -8395,6 +8425,8 @@ class Certificates:
         except (OSError, ValueError) as error:
             raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
                 ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
+        finally:
+            memory_scrub()
 
     def of_client(self, name: bytes) -> ClientTls:
         """What a client gets that asked for host `name`.
@@ -8444,9 +8476,11 @@ class Certificates:
                 self.complained.add(paths)
                 remedy = "; the old one stays in use" if paths in self.good else ""
                 self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
-        if paths not in self.good:
-            return None
-        return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+            if paths not in self.good:
+                return None
+            return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+        finally:
+            memory_scrub()
 
     def of_host(self, name: bytes) -> "tuple[str, str] | None":
         """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
@@ -8733,11 +8767,14 @@ class TlsDoor:
         if self.relay is not None:
             self.relay.close()
         self.relay, theirs = socket.socketpair()
+        message = visitor.login_request(self.last_id, user, password)
         with theirs:
             try:
-                socket.send_fds(self.channel, [visitor.login_request(self.last_id, user, password)], [theirs.fileno()])
+                socket.send_fds(self.channel, [message], [theirs.fileno()])
             except OSError:
                 raise Hangup(*LOGIN_LINES[VERDICT_BROKEN]) from None
+            finally:
+                wipe(message, password)
 
     # -- before the login ----------------------------------------------------------------------------
 
@@ -9336,10 +9373,11 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     names = listing_names(account.uid, () if account.anonymous else (account.gid,), home.locked, system)
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
     control = socket.socket(fileno=check.client)
+    context = check.tls.context if check.tls else None
     tree, root = settle(setup, account, home)
     control_prepare(control)
     return Entry(account, peer, tree, control, channel, request.negotiated, request.pending, root, home.start, home.locked,
-                 home.trusted, host, names, setup.aliases, board, logs, pipe, check.tls and check.tls.context, time.localtime().tm_gmtoff, load,
+                 home.trusted, host, names, setup.aliases, board, logs, pipe, context, time.localtime().tm_gmtoff, load,
                  rules, system_home)
 
 

@@ -289,12 +289,6 @@ class OptionsTable(unittest.TestCase):
             self.assertRegex(text, rf"(?m)^  {f'-{row.short},' if row.short else '   '} --{row.long}\b")
         self.assertIn("(in a file: MaxDiskUsage)", re.sub(r"\s+", " ", text))
 
-    def test_what_does_not_work_yet_is_refused(self):
-        rows = (Option("q", "Quota", "n", pureftpd.whole(0), 0, "", pending="quotas come later"),)
-        self.assertEqual(options_parse(rows, ["-q0"], "x")[0].quota, 0)
-        with self.assertRaisesRegex(ConfigError, "^-q 5: not available yet: quotas come later$"):
-            options_parse(rows, ["-q5"], "x")
-
     def test_readme_has_the_table(self):
         readme = beside("README.md")
         if not readme:
@@ -6468,6 +6462,19 @@ class TlsExam(Exam):
         return True
 
 
+def process_memory(pid):
+    """All that a process can write to."""
+    parts = []
+    with open("/proc/%d/maps" % pid) as maps, open("/proc/%d/mem" % pid, "rb", buffering=0) as memory:
+        for line in maps:
+            extent, rights = line.split()[:2]
+            if rights.startswith("rw"):
+                start, end = (int(word, 16) for word in extent.split("-"))
+                memory.seek(start)
+                parts.append(memory.read(end - start))
+    return b"".join(parts)
+
+
 def processes_below(pid):
     """(pid, title) of every child of `pid`."""
     found = []
@@ -7351,6 +7358,33 @@ class TlsProcesses(TlsExam):
         self.assertEqual((listening, [name for name in names.values() if "memfd" in name or ".pem" in name]), ([], []))
         client.close()
         self.until(lambda: not self.processes() and not self.processes(title="pure-ftpd (IDLE"), "processes are left")
+
+    @unittest.skipUnless(ROOT and os.path.exists("/proc/self/mem"), "needs root, and Linux' /proc")
+    def test_the_key_is_in_no_other_process(self):
+        """Nor is what reading its file leaves behind: at the start, and when it was renewed."""
+        path = self.make_certificate("memory")
+        server = self.server("-Y", "1", "-2", path, "-E")
+        for _ in range(2):
+            for tls in (True, False):
+                client = TlsClient(server.connect())
+                self.addCleanup(client.close)
+                self.assertEqual(client.reply()[0], 220)
+                if tls:
+                    client.secure()
+                self.assertEqual(client.login(), 230, client.exchange())
+            traces = self.traces_of_key(path)
+            found = [(title, [trace in process_memory(pid) for trace in traces])
+                     for pid, title in processes_below(server.process.pid)[:1] + processes_below(server.process.pid)[-2:]]
+            self.assertEqual(found, [("pure-ftpd (SERVER)", [False] * 3), ("pure-ftpd (IDLE)", [False, True, False]),
+                                     ("pure-ftpd (IDLE)", [False] * 3)])
+            self.make_certificate("memory")
+
+    def traces_of_key(self, path):
+        """A private key as its file has it in DER, as OpenSSL computes with it, and a line of the file."""
+        text = openssl("pkey", "-in", path, "-noout", "-text").decode()
+        number = int(re.sub("[^0-9a-f]", "", text[text.index("priv:") + 5:text.index("pub:")]), 16)
+        with open(path, "rb") as file:
+            return [number.to_bytes(32, "big"), number.to_bytes(32, "little"), file.read().split(b"\n")[1][:48]]
 
     def test_one_for_each_client(self):
         clients = [self.secured() for _ in range(3)]
@@ -12227,21 +12261,8 @@ class Issue3Log(Issue3):
         for pid in pids:
             with open("/proc/%d/cmdline" % pid) as file:
                 title = file.read().rstrip("\0")
-            self.assertIn(b"pure-ftpd", self.memory(pid))
-            self.assertFalse([secret for secret in secrets.values() if secret in self.memory(pid)], title)
-
-    @staticmethod
-    def memory(pid):
-        """All that a process can write to."""
-        parts = []
-        with open("/proc/%d/maps" % pid) as maps, open("/proc/%d/mem" % pid, "rb", buffering=0) as memory:
-            for line in maps:
-                extent, rights = line.split()[:2]
-                if rights.startswith("rw"):
-                    start, end = (int(word, 16) for word in extent.split("-"))
-                    memory.seek(start)
-                    parts.append(memory.read(end - start))
-        return b"".join(parts)
+            self.assertIn(b"pure-ftpd", process_memory(pid))
+            self.assertFalse([secret for secret in secrets.values() if secret in process_memory(pid)], title)
 
 
 # ==== Tests: review ===============================================================================
