@@ -41,6 +41,7 @@ The map, foundation first; no section uses what is below it:
     Commands                                                  the table, and what both sides of the login answer
     Data connections                                          PASV, PORT, and how a session waits
     Streams: the bytes of a data connection                   sendfile, splice, ASCII
+    OpenSSL beyond the ssl module                             ticket keys, one more ticket, a session handed over
     TLS streams                                               data connections under TLS, and a look at a ClientHello
     Session: one user's process                               greeting, loop, replies
     Session: files and directories                            CWD ... SITE
@@ -2789,6 +2790,7 @@ def anonymous_user() -> Any:
 #   GRANTED            SERVER -> PRIV        it may, or it may not; later, when it has to wait
 #   OUTCOME            PRIV -> SERVER        how that try ended: a VERDICT_*
 #   JOINED             PRIV -> SERVER        a client that came in through the SERVER before, which drains; its address
+#   (on the relay)     TLS -> session        a length and the TLS session of that many bytes, before what the client says
 
 (LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG,
  JOINED) = range(1, 15)
@@ -6154,6 +6156,121 @@ class Stream:
             self.moved += written
             count -= written
 
+# ==== OpenSSL beyond the ssl module ===============================================================
+# Three things that Python does not wrap, called through ctypes in the OpenSSL that its ssl module has loaded: the keys of
+# session tickets, one more ticket for a client that is connected, and a session that goes over into another process.
+# CPython keeps OpenSSL's pointers behind the heads of its objects. Whether they are where we look is tried in a child,
+# which would be the one to crash; where it fails there is no LibSSL, and everybody does without.
+
+TICKET_KEYS = 80                    # bytes: their name, a key for HMAC, one for AES
+SESSION_MAX = 16384                 # bytes of an exported session, which may have a client's certificate in it
+HANDOVER = struct.Struct("!H")      # its length, 0 for none: how the relay to a session under TLS begins
+SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS = 58, 59
+
+
+class LibSSL:
+    """Functions of libssl. `context` is an SSLContext, `sock` an SSLSocket or SSLObject."""
+
+    def __init__(self) -> None:
+        """Raises ImportError, OSError, AttributeError where ctypes or a function is missing."""
+        import _ssl
+        import ctypes
+        self.ctypes = ctypes
+        self.library = ctypes.CDLL(getattr(_ssl, "__file__", None))
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        for name, result, *arguments in (
+                ("SSL_CTX_ctrl", ctypes.c_long, pointer, number, ctypes.c_long, ctypes.c_char_p),
+                ("SSL_get_SSL_CTX", pointer, pointer),
+                ("SSL_get_session", pointer, pointer),
+                ("i2d_SSL_SESSION", number, pointer, pointer),
+                ("d2i_SSL_SESSION", pointer, pointer, pointer, ctypes.c_long),
+                ("SSL_CTX_add_session", number, pointer, pointer),
+                ("SSL_SESSION_free", None, pointer)):
+            function = getattr(self.library, name)
+            function.restype, function.argtypes = result, arguments
+        # since OpenSSL 3.0
+        self.new_ticket: Any = getattr(self.library, "SSL_new_session_ticket", None)
+
+    def of_context(self, context: Any) -> Any:
+        """The SSL_CTX *."""
+        return self.ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
+
+    def of_connection(self, sock: Any) -> Any:
+        """The SSL *."""
+        return self.ctypes.c_void_p.from_address(id(sock._sslobj) + object.__basicsize__ + struct.calcsize("P"))
+
+    def ticket_keys_set(self, context: Any, keys: bytes) -> None:
+        """SSL_CTX_set_tlsext_ticket_keys(3). Raises OSError."""
+        if self.library.SSL_CTX_ctrl(self.of_context(context), SSL_CTRL_SET_TLSEXT_TICKET_KEYS, len(keys), keys) != 1:
+            raise OSError(errno.EINVAL, "OpenSSL does not take ticket keys")
+
+    def ticket_keys(self, context: Any) -> bytes:
+        area = self.ctypes.create_string_buffer(TICKET_KEYS)
+        self.library.SSL_CTX_ctrl(self.of_context(context), SSL_CTRL_GET_TLSEXT_TICKET_KEYS, TICKET_KEYS, area)
+        return area.raw
+
+    def ticket_promise(self, sock: Any) -> None:
+        """Send the client one more ticket (TLS 1.3), before whatever is sent next: SSL_new_session_ticket(3)."""
+        if self.new_ticket is not None:
+            self.new_ticket(self.of_connection(sock))
+
+    def session_export(self, sock: Any) -> bytes:
+        """The session of a connection (i2d_SSL_SESSION(3)); b"" for one of no use elsewhere."""
+        session = self.library.SSL_get_session(self.of_connection(sock))
+        length = self.library.i2d_SSL_SESSION(session, None) if session else 0
+        if not 0 < length <= SESSION_MAX:
+            return b""
+        area = self.ctypes.create_string_buffer(length)
+        self.library.i2d_SSL_SESSION(session, self.cursor(area))
+        return area.raw
+
+    def session_import(self, context: Any, data: bytes) -> bool:
+        """Let the client resume that session, by its id, on connections of `context`; False for nonsense."""
+        area = self.ctypes.create_string_buffer(data, len(data))
+        session = self.library.d2i_SSL_SESSION(None, self.cursor(area), len(data))
+        if not session:
+            self.library.ERR_clear_error()
+            return False
+        added = self.library.SSL_CTX_add_session(self.of_context(context), session)
+        self.library.SSL_SESSION_free(session)
+        return added == 1
+
+    def cursor(self, area: Any) -> Any:
+        """A pointer into an area, which OpenSSL moves on."""
+        return self.ctypes.byref(self.ctypes.c_void_p(self.ctypes.addressof(area)))
+
+
+class ClientTls(NamedTuple):
+    """What one client's processes need for TLS."""
+    context: Any                        # the SSLContext of its certificate
+    ticket_keys: bytes                  # its own; b"" when the context is, too
+    libssl: "LibSSL | None"
+
+
+def libssl_load() -> "LibSSL | None":
+    """LibSSL, if it works here."""
+    try:
+        found = LibSSL()
+    except (ImportError, OSError, AttributeError):
+        return None
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(0 if sys.implementation.name == "cpython" and libssl_works(found) else 1)
+        finally:
+            os._exit(1)
+    return found if os.waitpid(pid, 0)[1] == 0 else None
+
+
+def libssl_works(libssl: LibSSL) -> bool:
+    """Whether keys are read back that were set, and a connection leads to its context. May crash."""
+    import ssl
+    context, keys = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), os.urandom(TICKET_KEYS)
+    libssl.ticket_keys_set(context, keys)
+    connection = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    found = libssl.library.SSL_get_SSL_CTX(libssl.of_connection(connection))
+    return libssl.ticket_keys(context) == keys and found == libssl.of_context(context).value
+
 # ==== TLS streams =================================================================================
 # RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for any
 # other stream. The end of the data must be announced (close_notify), in both directions: a connection that just ends may
@@ -6161,7 +6278,9 @@ class Stream:
 #
 # A data connection that resumes the TLS session of the control connection belongs to this login. OpenSSL's clients use a
 # ticket of TLS 1.3 once (RFC 8446, C.4), so downloads give them a new one. Uploads do not: a client that closes without having
-# read it resets the connection, which destroys what it has sent (measured: 31 of 60 uploads by curl).
+# read it resets the connection, which destroys what it has sent (measured: 31 of 60 uploads by curl). Where resuming is
+# compulsory (`on`) the control connection gives one with each 226 instead. Clients that know no tickets (curl, up to
+# TLS 1.2) resume by the session's id: the TLS process hands the session over to the user's process.
 #
 # hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
 
@@ -6363,7 +6482,7 @@ class Entry(NamedTuple):
     scoreboard: "ScoreboardEntry | None" = None
     transferlogs: "list[TransferLog] | None" = None
     uploadpipe: "UploadPipe | None" = None
-    tls: Any = None                                 # this login's SSLContext
+    tls: "ClientTls | None" = None                  # what this login's data connections need for TLS
     utc_offset: int = 0                             # seconds, for listings
     overloaded: bool = False                        # -m: no downloads for anonymous users
     passive_rules: "tuple[Any, ...]" = ()           # -P: (network or None, address)
@@ -6388,6 +6507,8 @@ class SessionLoop(Conversation):
     def run(self) -> None:
         """Serve the client until it goes; returns then."""
         try:
+            if self.entry.tls is not None:
+                self.take_session_over(self.entry.tls)
             self.reply(230, self.greeting())
             while True:
                 self.one_command()
@@ -6398,6 +6519,17 @@ class SessionLoop(Conversation):
         except Exception:
             self.log.error("bug: " + traceback_text())
             self.hang_up(Hangup(421, "Something went wrong here, sorry"))
+
+    def take_session_over(self, tls: ClientTls) -> None:
+        """Read what TlsDoor.hand_session_over() has sent before it asked for the login."""
+        try:
+            length, = HANDOVER.unpack(self.control.recv(HANDOVER.size, socket.MSG_DONTWAIT))
+            data = self.control.recv(length, socket.MSG_DONTWAIT) if length else b""
+        except (OSError, struct.error):
+            self.log.error("The TLS process did not say whether there is a session to resume")
+            raise Hangup() from None
+        if data and tls.libssl is not None:
+            tls.libssl.session_import(tls.context, data)
 
     def one_command(self) -> None:
         line = self.attention.next_line(self.idle_seconds)
@@ -7207,9 +7339,9 @@ class Session(FileCommands):
                 stream.close()
 
     def stream(self, sock: socket.socket, rate: int, progress: "Callable[[int], None] | None", upload: bool) -> Stream:
-        context = self.entry.tls
-        if not (self.encrypted_data and context):
+        if self.entry.tls is None or not self.encrypted_data:
             return Stream(sock, self.attention, rate, self.idle_seconds, progress)
+        context = self.entry.tls.context
         context.num_tickets = 0 if upload else 1
         stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, context, self.options.tlslooseclose)
         if not self.resumption.suffices(stream.sock, not upload, time.monotonic()):
@@ -8359,52 +8491,6 @@ EXPIRY_DAYS = 14                    # a certificate that ends sooner is worth a 
 CERTIFICATE_MAX = 1 << 20           # bytes of a file
 CONTEXTS_MAX = 16                   # certificates (host names) that are kept ready; others are read for each client
 FRESH_SECONDS = 2                   # a file changed so recently may change once more without a trace in its times
-TICKET_KEYS = 80                    # bytes: their name, a key for HMAC, one for AES
-SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS = 58, 59
-
-
-class ClientTls(NamedTuple):
-    """What one client's processes need for TLS."""
-    context: Any                        # the SSLContext of its certificate
-    ticket_keys: bytes                  # its own; b"" when the context is, too
-
-
-def ticket_keys_control() -> "Callable[[Any, int, Any], bool] | None":
-    """A function of an SSLContext, SSL_CTRL_... and 80 bytes: SSL_CTX_set_tlsext_ticket_keys(3), which Python does not
-    wrap.
-
-    CPython keeps OpenSSL's pointer behind the head of its object. Whether that is so here is tried in a child, which would
-    be the one to crash; None where it is not.
-    """
-    try:
-        import _ssl
-        import ctypes
-        control = ctypes.CDLL(getattr(_ssl, "__file__", None)).SSL_CTX_ctrl
-    except (ImportError, OSError, AttributeError):
-        return None
-    control.argtypes, control.restype = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_char_p), ctypes.c_long
-
-    def call(context: Any, command: int, keys: Any) -> bool:
-        pointer = ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
-        return control(pointer, command, TICKET_KEYS, keys) == 1
-
-    return call if sys.implementation.name == "cpython" and ticket_keys_work(call) else None
-
-
-def ticket_keys_work(call: "Callable[[Any, int, Any], bool]") -> bool:
-    """Whether a child of ours reads back the keys that it has set."""
-    import ctypes
-    import ssl
-    pid = os.fork()
-    if not pid:
-        try:
-            context, keys = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), os.urandom(TICKET_KEYS)
-            found = ctypes.create_string_buffer(TICKET_KEYS)
-            if call(context, SSL_CTRL_SET_TLSEXT_TICKET_KEYS, keys) and call(context, SSL_CTRL_GET_TLSEXT_TICKET_KEYS, found):
-                os._exit(0 if found.raw == keys else 1)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1] == 0
 
 
 class Certificates:
@@ -8414,7 +8500,7 @@ class Certificates:
         """Raises ConfigError when they cannot be used now."""
         import ssl
         self.ssl, self.options, self.log = ssl, options, log
-        self.control = ticket_keys_control()
+        self.libssl = libssl_load()
         # by paths, the last used last: (the files' state, what was made of them)
         self.contexts: "dict[tuple[str, str], tuple[Any, Any]]" = {}
         self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
@@ -8439,21 +8525,20 @@ class Certificates:
             context = self.context_ready(self.options.certfile)
         if context is None:
             raise OSError(errno.ENOENT, "there is no usable certificate")
-        return ClientTls(context, os.urandom(TICKET_KEYS) if self.control else b"")
+        return ClientTls(context, os.urandom(TICKET_KEYS) if self.libssl else b"", self.libssl)
 
     def own(self, tls: "ClientTls | None") -> None:
         """In a child: keep this client's context, with its keys, and let go of the others (OpenSSL overwrites keys that
         it frees).
         """
         self.contexts.clear()
-        if tls is not None and self.control is not None:
-            if not self.control(tls.context, SSL_CTRL_SET_TLSEXT_TICKET_KEYS, tls.ticket_keys):
-                raise OSError(errno.EINVAL, "OpenSSL does not take ticket keys")
+        if tls is not None and tls.libssl is not None:
+            tls.libssl.ticket_keys_set(tls.context, tls.ticket_keys)
             wipe(tls.ticket_keys)
 
     def context_ready(self, paths: "tuple[str, str]") -> Any:
         """context_or_last(), made only when the files have changed and clients can share it."""
-        if self.control is None:
+        if self.libssl is None:
             return self.context_or_last(paths)
         state = files_state(paths)
         known, context = self.contexts.pop(paths, (None, None))
@@ -8653,11 +8738,12 @@ RELAY_READ = 65536                  # bytes
 class TlsDoor:
     """One client of a TLS process."""
 
-    def __init__(self, options: Any, log: Log, sock: socket.socket, channel: socket.socket, context: Any, negotiated: Negotiated,
-                 peer: Peer, greeting: "Greeting | None" = None) -> None:
+    def __init__(self, options: Any, log: Log, sock: socket.socket, channel: socket.socket, tls: ClientTls,
+                 negotiated: Negotiated, peer: Peer, greeting: "Greeting | None" = None) -> None:
         """`greeting`: of a client that began with TLS; who said AUTH TLS has been greeted."""
         import ssl
         self.ssl, self.options, self.log, self.channel, self.greeting = ssl, options, log, channel, greeting
+        self.libssl, context = tls.libssl, tls.context
         sock.setblocking(False)
         channel.setblocking(False)
         context.sni_callback = self.on_name
@@ -8669,6 +8755,7 @@ class TlsDoor:
         self.poller.register(channel, select.POLLIN)
         self.relay: "socket.socket | None" = None           # our end of what becomes the session's control connection
         self.admitted = False
+        self.ticket_giver: "LibSSL | None" = None           # of one more ticket after each transfer
         self.last_id = 0
         self.since = time.monotonic()
         self.timer: "tuple[float, Callable[[], None]] | None" = None
@@ -8767,6 +8854,7 @@ class TlsDoor:
         if self.relay is not None:
             self.relay.close()
         self.relay, theirs = socket.socketpair()
+        self.hand_session_over(self.relay)
         message = visitor.login_request(self.last_id, user, password)
         with theirs:
             try:
@@ -8775,6 +8863,11 @@ class TlsDoor:
                 raise Hangup(*LOGIN_LINES[VERDICT_BROKEN]) from None
             finally:
                 wipe(message, password)
+
+    def hand_session_over(self, relay: socket.socket) -> None:
+        """Tell the user's process, before all else, of the session that clients without tickets resume by its id."""
+        data = self.libssl.session_export(self.sock) if self.libssl and self.sock.version() != "TLSv1.3" else b""
+        relay.send(HANDOVER.pack(len(data)) + data)
 
     # -- before the login ----------------------------------------------------------------------------
 
@@ -8843,6 +8936,8 @@ class TlsDoor:
         """Relay between the client and the session, until the session ends."""
         assert self.relay is not None
         relay = self.relay
+        if self.options.tlssessionreuse == "on" and self.sock.version() == "TLSv1.3":
+            self.ticket_giver = self.libssl
         process_title("pure-ftpd (TLS relay)")
         self.poller = select.poll()
         self.poller.register(self.sock, select.POLLIN)
@@ -8875,6 +8970,8 @@ class TlsDoor:
             os.close(fd)
         if not data:
             raise Hangup()
+        if self.ticket_giver is not None and (data.startswith(b"226") or b"\n226" in data):
+            self.ticket_giver.ticket_promise(self.sock)
         self.send(data)
         if fds:
             self.clear_command_channel()
@@ -8884,7 +8981,7 @@ class TlsDoor:
             self.sock = self.patiently(self.sock.unwrap, seconds=GOODBYE_SECONDS)
         except (OSError, ValueError):
             raise Hangup() from None
-        self.encrypted = False
+        self.encrypted, self.ticket_giver = False, None
 
 # ==== Privilege separation: everything that may run as root =======================================
 # Please read this section with suspicion. The processes, and what each may be asked:
@@ -9373,11 +9470,10 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     names = listing_names(account.uid, () if account.anonymous else (account.gid,), home.locked, system)
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
     control = socket.socket(fileno=check.client)
-    context = check.tls.context if check.tls else None
     tree, root = settle(setup, account, home)
     control_prepare(control)
     return Entry(account, peer, tree, control, channel, request.negotiated, request.pending, root, home.start, home.locked,
-                 home.trusted, host, names, setup.aliases, board, logs, pipe, context, time.localtime().tm_gmtoff, load,
+                 home.trusted, host, names, setup.aliases, board, logs, pipe, check.tls, time.localtime().tm_gmtoff, load,
                  rules, system_home)
 
 
@@ -10087,7 +10183,7 @@ class Monitor:
         setup.log.who = "?@" + peer.address
         privsep_priv_user(setup.privileges)
         cage(setup.privileges, setup.empty, setup.log)
-        TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, tls.context, negotiated, peer,
+        TlsDoor(setup.options, setup.log, socket.socket(fileno=client), channel, tls, negotiated, peer,
                 setup.greeting if negotiated.implicit else None).run()
 
     def on_bindresport(self, child: Child, message: bytes, fds: "list[int]") -> None:

@@ -6781,7 +6781,7 @@ class TlsHandshakes(TlsExam):
         client.sock.unwrap()
 
     # As it is with files that were just written, with old ones, and where Python gives no way to set ticket keys.
-    WAYS = "", "pureftpd.FRESH_SECONDS = 0", "pureftpd.ticket_keys_control = lambda: None"
+    WAYS = "", "pureftpd.FRESH_SECONDS = 0", "pureftpd.libssl_load = lambda: None"
 
     def test_renewed_certificates_serve_the_next_client(self):
         for number, patches in enumerate(self.WAYS):
@@ -7108,6 +7108,50 @@ class TlsResumption(TlsExam):
         for client.resume in (True, False):
             self.assertIs(self.resumed(client), client.resume)
 
+    def with_libssl(self):
+        libssl = pureftpd.libssl_load()
+        if libssl is None:
+            self.skipTest("this Python gives no way to hand sessions over")
+        return libssl
+
+    def test_a_session_is_resumed_by_its_id(self):
+        """By clients that know no tickets (RFC 5246, F.1.4); only by the login that it belongs to."""
+        self.with_libssl()
+        context = client_context(maximum_version=ssl.TLSVersion.TLSv1_2)
+        context.options |= ssl.OP_NO_TICKET
+        self.put("x", b"data")
+        first, second = (self.secured("--tlssessionreuse", "on", context=context) for _ in range(2))
+        self.assertFalse(first.sock.session.has_ticket)
+        for _ in range(2):
+            self.assertEqual(self.store(first, "STOR y", b"more")[0], 226)
+            self.assertIs(self.resumed(first), True)
+        with second.data() as data:
+            self.assertEqual(second.code("RETR x"), 150)
+            data.tls = context.wrap_socket(data.sock, session=first.sock.session, suppress_ragged_eofs=False)
+            self.assertFalse(data.tls.session_reused)
+            self.assertEqual(second.reply()[0], 522)
+
+    def test_a_ticket_for_each_transfer(self):
+        if not self.with_libssl().new_ticket:
+            self.skipTest("needs OpenSSL 3.0")
+        context = client_context(minimum_version=ssl.TLSVersion.TLSv1_3)
+        for reuse, fresh in (("on", True), ("auto", False)):
+            client = self.secured("--tlssessionreuse", reuse, context=context)
+            seen = [client.sock.session.id]
+            for _ in range(3):
+                self.assertEqual(self.store(client, "STOR y", b"more")[0], 226)
+                seen.append(client.sock.session.id)
+            self.assertEqual(len(set(seen)), len(seen) if fresh else 1, reuse)
+            self.assertEqual(client.code("CCC"), 200)
+            client.sock = client.sock.unwrap()
+            self.assertEqual(client.code("ABOR"), 226)          # in the clear there is nothing to send a ticket with
+
+    def test_sessions_that_are_nonsense(self):
+        libssl = self.with_libssl()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        for data in (b"x", b"\x30\x00", bytes(1000), b"\x30\x82\xff\xff" + bytes(100)):
+            self.assertFalse(libssl.session_import(context, data))
+
     def test_another_logins_ticket_opens_nothing(self):
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             for patches in TlsHandshakes.WAYS:
@@ -7141,7 +7185,7 @@ class TlsContexts(TlsExam):
         values = {"certfile": (self.certificate,) * 2, "extcert": None, "tlsminversion": "1.2", "tlsciphersuite": None}
         found = pureftpd.Certificates(types.SimpleNamespace(**{**values, **options}), log)
         self.addCleanup(found.close)
-        if found.control is None:
+        if found.libssl is None:
             self.skipTest("this Python gives no way to set ticket keys")
         return found
 
@@ -7167,19 +7211,16 @@ class TlsContexts(TlsExam):
     def test_ticket_keys_are_those_that_were_set(self):
         certificates = self.certificates()
         tls = certificates.of_client(b"")
-        wanted, found = bytes(bytearray(tls.ticket_keys)), ctypes.create_string_buffer(80)
+        wanted = bytes(bytearray(tls.ticket_keys))
         certificates.own(tls)
-        certificates.control(tls.context, pureftpd.SSL_CTRL_GET_TLSEXT_TICKET_KEYS, found)
-        self.assertEqual(found.raw, wanted)
+        self.assertEqual(tls.libssl.ticket_keys(tls.context), wanted)
         self.assertEqual(tls.ticket_keys, bytes(80))                    # wiped
         self.assertEqual(certificates.contexts, {})
 
     def test_a_client_without_its_keys_is_not_served(self):
         certificates = self.certificates()
-        tls = certificates.of_client(b"")
-        certificates.control = lambda *_: False
         with self.assertRaises(OSError):
-            certificates.own(tls)
+            certificates.own(certificates.of_client(b"")._replace(ticket_keys=b"short"))
 
     def test_few_host_names_are_kept(self):
         self.patch("FRESH_SECONDS", 0)
@@ -7248,11 +7289,14 @@ class TlsPrograms(TlsExam):
         self.put("down", b"d" * 500000)
         with open(source, "wb") as file:
             file.write(b"s" * 1000)
-        for reuse, times in (("auto", 2), ("on", 0)):           # on: an upload would spend the last ticket
-            switches = "--tlssessionreuse", reuse
-            words = ["-T", source, self.url("up", *switches)] * times
-            words += [self.url("down", *switches), "-o", "got", self.url("", *switches), "-o", "listing"]
-            self.run_client(curl, *self.CURL, *words)
+        libssl = pureftpd.libssl_load()
+        for version in (["--tlsv1.3"], ["--tls-max", "1.2"]):   # up to 1.2 curl knows no tickets
+            for reuse in ("off", "auto", "on"):
+                switches = "--tlssessionreuse", reuse
+                words = ["-T", source, self.url("up", *switches)] * 3 if reuse != "on" or libssl and libssl.new_ticket else []
+                words += [self.url("down", *switches), "-o", "got", self.url("", *switches), "-o", "listing"]
+                if reuse != "on" or libssl:
+                    self.run_client(curl, *self.CURL, *version, *words)
 
     def test_lftp(self):
         lftp = self.program("lftp")
