@@ -107,6 +107,7 @@ BARS = (
     Bar("tls-retr",       "RETR 512 MiB, PROT P, TLS 1.3",    "retr", (1, True),                 "MiB/s",   "x>=1.2"),
     Bar("tls-retr-cpu",   "the same: CPU of the server",      "retr", (1, True),                 "ms/GiB",  ""),
     Bar("tls-stor",       "STOR 512 MiB, PROT P, TLS 1.3",    "stor", (True,),                   "MiB/s",   "x>=0.9"),
+    Bar("tls-small",      "EPSV + RETR of 4 KiB, PROT P",     "small_tls", (),                   "1/s",     ""),
     Bar("tls-login",      "AUTH TLS + login, 1 client",       "logins", (1, True),               "1/s",     "x>=0.8"),
     Bar("tls-login-cpu",  "the same: CPU of the server",      "logins", (1, True),               "us",      ""),
     Bar("tls-login8",     "AUTH TLS + login, 8 clients",      "logins", (8, True),               "1/s",     "x>=0.8"),
@@ -909,6 +910,37 @@ def small_files(bench: Bench, side: str, verb: str) -> Figures:
     server = bench.server(side)
     names = iter(lambda: name, None)
     with Crowd(1, job_small_files, server.port, verb, names, 4096, bench.seconds) as crowd, on_one_cpu(server, crowd):
+        amounts, seconds = crowd.run()
+    return {"1/s": amounts[0] / seconds}
+
+
+def job_small_tls(_: int, port: int, name: str, size: int, seconds: float) -> Iterator:
+    client = Client(port).login(tls=True)
+    client.prepare(True)
+
+    def fetch() -> None:
+        plain = client.data("RETR " + name)
+        sock = tls_context().wrap_socket(socket.socket(fileno=plain.detach()), session=client.sock.session)
+        got = sum(map(len, iter(functools.partial(sock.recv, size), b"")))
+        with contextlib.suppress(OSError):
+            sock.unwrap()
+        sock.close()
+        if got != size:
+            raise ConnectionError(f"{got} bytes came of {size}")
+        client.reply(b"226")
+
+    fetch()
+    yield
+    yield repeated(fetch, seconds)
+    client.close()
+
+
+@measure
+def small_tls(bench: Bench, side: str) -> Figures:
+    """The same 4 KiB file again and again, under TLS."""
+    name = bench.world.file("small", 4096)
+    server = bench.plain_or_tls(side, True)
+    with Crowd(1, job_small_tls, server.port, name, 4096, bench.seconds) as crowd:
         amounts, seconds = crowd.run()
     return {"1/s": amounts[0] / seconds}
 
