@@ -152,6 +152,7 @@ def printable(data: bytes) -> str:
 
 PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 15, 38
 F_SETPIPE_SZ = 1031
+M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 128 * 1024           # mallopt(3), and glibc's default
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 # LANDLOCK_ACCESS_FS_*, by ABI; the last serves later ones
 LANDLOCK_RIGHTS_BY_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
@@ -235,8 +236,9 @@ def memory_trim() -> None:
 def memory_scrub() -> None:
     """Overwrite the memory that malloc(3) holds free: what was read there, a key above all, would go to every child.
 
-    All that is free below the end of the heap is taken, from large pieces to small ones, and given back as zeros. glibc's
-    only: others have no end of the heap to tell it by, or no such function.
+    All that is free in the heap is taken, from large pieces to small ones, and given back as zeros. Meanwhile the heap
+    does not grow: what it has no room for comes from mmap(2), which is how its exhaustion is seen, and goes back there.
+    glibc's only.
     """
     library = libc.library
     if getattr(library, "malloc_trim", None) is None:
@@ -246,18 +248,19 @@ def memory_scrub() -> None:
     take.restype, take.argtypes, give.restype, give.argtypes = pointer, (word,), None, (pointer,)
     end_of_heap.restype, end_of_heap.argtypes = pointer, (libc.ctypes.c_ssize_t,)
     library.malloc_trim(0)
+    library.mallopt(M_MMAP_THRESHOLD, 0)
     end, taken = end_of_heap(0), []
-    for size in [*(1 << bits for bits in range(16, 10, -1)), *range(1024, 8, -16)]:
-        while True:
-            address = take(size)
-            if not address:
-                break
-            taken.append(address)
-            if address > end:
-                break
+    # 16 n + 8 is what a piece really has room for
+    for size in [*(1 << bits for bits in range(16, 10, -1)), *range(1032, 8, -16)]:
+        address = take(size)
+        while address is not None and address < end:
             libc.ctypes.memset(address, 0, size)
+            taken.append(address)
+            address = take(size)
+        give(address)
     for address in taken:
         give(address)
+    library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     library.malloc_trim(0)
 
 
