@@ -6249,6 +6249,12 @@ class ClientTls(NamedTuple):
     ticket_keys: bytes                  # its own; b"" when the context is, too
     libssl: "LibSSL | None"
 
+    def put_keys(self) -> None:
+        """In a child: the ticket keys go into its copy of the context. Raises OSError."""
+        if self.libssl is not None:
+            self.libssl.ticket_keys_set(self.context, self.ticket_keys)
+            wipe(self.ticket_keys)
+
 
 def libssl_load() -> "LibSSL | None":
     """LibSSL, if it works here."""
@@ -6281,8 +6287,8 @@ def libssl_works(libssl: LibSSL) -> bool:
 #
 # A data connection that resumes the TLS session of the control connection belongs to this login. OpenSSL's clients use a
 # ticket of TLS 1.3 once (RFC 8446, C.4), so downloads give them a new one. Uploads do not: a client that closes without having
-# read it resets the connection, which destroys what it has sent (measured: 31 of 60 uploads by curl). Where resuming is
-# compulsory (`on`) the control connection gives one with each 226 instead. Clients that know no tickets (curl, up to
+# read it resets the connection, which destroys what it has sent (measured: 31 of 60 uploads by curl). So the control
+# connection gives one after each transfer, if resuming may be compulsory. Clients that know no tickets (curl, up to
 # TLS 1.2) resume by the session's id: the TLS process hands the session over to the user's process.
 #
 # hello_name() is all that is ever parsed of TLS outside OpenSSL: SERVER chooses a certificate by it.
@@ -6333,9 +6339,11 @@ class Resumption:
     session.
     """
 
-    def __init__(self, mode: str, ends: float) -> None:
-        """`ends`: from when on (monotonic) the client's tickets are too old."""
-        self.mode, self.ends = mode, ends
+    def __init__(self, mode: str, ends: float, renewed: bool) -> None:
+        """`ends`: from when on (monotonic) the client's tickets are too old; `renewed`: whether the control connection
+        gives one after each transfer.
+        """
+        self.mode, self.ends, self.renewed = mode, ends, renewed
         self.begun = False                              # a data connection has resumed it: the client can
         self.ticket = True                              # the client has a ticket that it has not used
 
@@ -6346,7 +6354,7 @@ class Resumption:
         if not resumed and (self.mode == "on" or self.mode == "auto" and self.begun and possible):
             return False
         self.begun = self.begun or resumed
-        self.ticket = gives_ticket or self.ticket and not resumed
+        self.ticket = gives_ticket or self.renewed or self.ticket and not resumed
         return True
 
 
@@ -7092,7 +7100,9 @@ class Session(FileCommands):
         self.warned_of_address = False
         self.uploads = 0                                    # STOU's counter
         self.upload_aborted = False                         # by an ABOR whose own turn is to come
-        self.resumption = Resumption(options.tlssessionreuse, time.monotonic() + TICKET_SECONDS)
+        libssl = entry.tls and entry.tls.libssl
+        self.resumption = Resumption(options.tlssessionreuse, time.monotonic() + TICKET_SECONDS,
+                                     bool(libssl and libssl.new_ticket))
         self.limits_prepare()
         self.port = DataPort(self.attention, entry.peer, family, options.passiveportrange or ANY_PORT, foreign,
                              throttle_buffer(self.rate_up))
@@ -8513,8 +8523,8 @@ FRESH_SECONDS = 2                   # a file changed so recently may change once
 class Certificates:
     """The certificate files, and what was good of them the last time. For PRIV, as root."""
 
-    def __init__(self, options: Any, log: Log) -> None:
-        """Raises ConfigError when they cannot be used now."""
+    def __init__(self, options: Any, log: Log, before: "Certificates | None" = None) -> None:
+        """`before`: those that these will replace. Raises ConfigError when they cannot be used now."""
         import ssl
         self.ssl, self.options, self.log = ssl, options, log
         self.libssl = libssl_load()
@@ -8522,10 +8532,13 @@ class Certificates:
         self.contexts: "dict[tuple[str, str], tuple[Any, Any]]" = {}
         self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
         self.complained: "set[tuple[str, str]]" = set()
+        for paths, fds in (before.good.items() if before else ()):
+            self.good[paths] = [os.dup(fd) for fd in fds]
         try:
             self.context_of(options.certfile)
             self.warn_of_expiry()
         except (OSError, ValueError) as error:
+            self.close()
             raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
                 ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
         finally:
@@ -8543,15 +8556,6 @@ class Certificates:
         if context is None:
             raise OSError(errno.ENOENT, "there is no usable certificate")
         return ClientTls(context, os.urandom(TICKET_KEYS) if self.libssl else b"", self.libssl)
-
-    def own(self, tls: "ClientTls | None") -> None:
-        """In a child: keep this client's context, with its keys, and let go of the others (OpenSSL overwrites keys that
-        it frees).
-        """
-        self.contexts.clear()
-        if tls is not None and tls.libssl is not None:
-            tls.libssl.ticket_keys_set(tls.context, tls.ticket_keys)
-            wipe(tls.ticket_keys)
 
     def context_ready(self, paths: "tuple[str, str]") -> Any:
         """context_or_last(), made only when the files have changed and clients can share it."""
@@ -8578,11 +8582,18 @@ class Certificates:
                 self.complained.add(paths)
                 remedy = "; the old one stays in use" if paths in self.good else ""
                 self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
-            if paths not in self.good:
-                return None
-            return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+            return self.context_as_before(paths)
         finally:
             memory_scrub()
+
+    def context_as_before(self, paths: "tuple[str, str]") -> Any:
+        """An SSLContext from what these files held when they were good; None when that is not known."""
+        if paths not in self.good:
+            return None
+        try:
+            return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+        except (OSError, ValueError):                       # no /proc here
+            return None
 
     def of_host(self, name: bytes) -> "tuple[str, str] | None":
         """The file NAME.pem of the directory -3; it is looked up in its listing, so a client's name makes no path."""
@@ -8595,17 +8606,21 @@ class Certificates:
 
     def context_of(self, paths: "tuple[str, str]") -> Any:
         """An SSLContext from these files, whose content is kept. Raises OSError, ValueError."""
-        context = tls_context(self.ssl, self.options, *paths)
-        if hasattr(os, "memfd_create"):
-            old = self.good.get(paths, [])
-            if not old or not all(file_is(path, fd) for path, fd in zip(paths, old)):
-                self.good[paths] = [memory_copy(path) for path in paths]
-                for fd in old:
-                    os.close(fd)
-        return context
+        before = self.good.get(paths, [])
+        if not hasattr(os, "memfd_create") or before and all(map(file_is, paths, before)):
+            return tls_context(self.ssl, self.options, *paths)
+        copies = [memory_copy(path) for path in paths]
+        try:
+            context = tls_context(self.ssl, self.options, *paths)
+            if all(map(file_is, paths, copies)):            # what was read is what was copied
+                self.good[paths], copies = copies, before
+            return context
+        finally:
+            for fd in copies:
+                os.close(fd)
 
     def close(self) -> None:
-        """Forget what was good: another Certificates has taken over."""
+        """Forget what was good: another Certificates has taken over, or is to stay."""
         self.contexts.clear()
         for fds in self.good.values():
             for fd in fds:
@@ -8773,6 +8788,8 @@ class TlsDoor:
         self.relay: "socket.socket | None" = None           # our end of what becomes the session's control connection
         self.admitted = False
         self.ticket_giver: "LibSSL | None" = None           # of one more ticket after each transfer
+        self.transfer = False                               # whether one goes on
+        self.unsent = b""                                   # what the session does not take now
         self.last_id = 0
         self.since = time.monotonic()
         self.timer: "tuple[float, Callable[[], None]] | None" = None
@@ -8953,45 +8970,71 @@ class TlsDoor:
         """Relay between the client and the session, until the session ends."""
         assert self.relay is not None
         relay = self.relay
-        if self.options.tlssessionreuse == "on" and self.sock.version() == "TLSv1.3":
+        relay.setblocking(False)
+        if self.options.tlssessionreuse != "off" and self.sock.version() == "TLSv1.3":
             self.ticket_giver = self.libssl
         process_title("pure-ftpd (TLS relay)")
         self.poller = select.poll()
-        self.poller.register(self.sock, select.POLLIN)
         self.poller.register(relay, select.POLLIN)
         # OpenSSL may have more of a record that began before the login
         self.from_client(relay)
         while True:
-            for fd, _ in self.poller.poll():
-                if fd == relay.fileno():
-                    self.from_session(relay)
-                else:
+            for fd, events in self.poller.poll():
+                if fd != relay.fileno() or events == select.POLLOUT:
                     self.from_client(relay)
+                else:
+                    self.from_session(relay)
 
     def from_client(self, relay: socket.socket) -> None:
+        """Pass on what the client says. While the session does not take it, the client has to wait; the session's replies
+        do not.
+        """
         try:
-            data = self.receive(RELAY_READ)
-            while data is not None:
-                relay.sendall(data)
-                data = self.receive(RELAY_READ)
+            while True:
+                self.unsent = self.unsent or self.receive(RELAY_READ) or b""
+                if not self.unsent:
+                    self.poller.register(relay, select.POLLIN)
+                    self.poller.register(self.sock, select.POLLIN)
+                    return
+                self.unsent = self.unsent[relay.send(self.unsent):]
+        except BlockingIOError:
+            self.poller.register(relay, select.POLLIN | select.POLLOUT)
+            self.listen_no_more()
         except (Hangup, OSError):                           # the session finds out, and may have more to say
-            self.poller.unregister(self.sock)
+            self.poller.register(relay, select.POLLIN)
+            self.listen_no_more()
             try:
                 relay.shutdown(socket.SHUT_WR)
             except OSError:
                 pass
 
+    def listen_no_more(self) -> None:
+        try:
+            self.poller.unregister(self.sock)
+        except KeyError:
+            pass                                            # we do not listen to it
+
     def from_session(self, relay: socket.socket) -> None:
-        data, fds, _, _ = socket.recv_fds(relay, RELAY_READ, 1)
+        try:
+            data, fds, _, _ = socket.recv_fds(relay, RELAY_READ, 1)
+        except OSError:                                     # it died with something unread
+            raise Hangup() from None
         for fd in fds:
             os.close(fd)
         if not data:
             raise Hangup()
-        if self.ticket_giver is not None and (data.startswith(b"226") or b"\n226" in data):
+        if self.ticket_giver is not None and self.transfer_ended(data):
             self.ticket_giver.ticket_promise(self.sock)
         self.send(data)
         if fds:
             self.clear_command_channel()
+
+    def transfer_ended(self, replies: bytes) -> bool:
+        """Whether these are the first replies after a 150, whatever they say: the client has spent a ticket."""
+        begun = self.transfer or replies.startswith(b"150") or b"\n150" in replies
+        last = replies[replies.rstrip().rfind(b"\n") + 1:]
+        self.transfer = begun and last.startswith(b"150")
+        return begun and not self.transfer
 
     def clear_command_channel(self) -> None:
         try:
@@ -9725,14 +9768,14 @@ def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | Non
         raise ConfigError(f"{empty}: {error.strerror}") from None
     if not options.anonymousonly:
         authentication_preload(options, log)
-    certificates = certificates_read(options, log)
+    certificates = certificates_read(options, log, old.certificates if old else None)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()
     return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE),
                  Greeting(options), certificates, own, anonymous)
 
 
-def certificates_read(options: Any, log: Log) -> "Certificates | None":
+def certificates_read(options: Any, log: Log, before: "Certificates | None") -> "Certificates | None":
     """The certificates that -Y needs; None without TLS. Raises ConfigError."""
     if not options.tls:
         if options.tlsbind:
@@ -9745,7 +9788,7 @@ def certificates_read(options: Any, log: Log) -> "Certificates | None":
     del ssl
     if options.tlsselfsigned:
         certificate_make(options, log)
-    return Certificates(options, log)
+    return Certificates(options, log, before)
 
 # ==== PRIV: the parent of all =====================================================================
 # PRIV forks: SERVER, a login child for each LOGIN, a TLS process for each STARTTLS; and it answers what these ask.
@@ -9775,6 +9818,11 @@ class Child:
         self.tls = tls                          # till its client is logged in
         self.altlog = altlog                    # -O as it was when a session began
         self.consultation = 0                   # under which number SERVER permitted the login, 0 when it was not asked
+
+    def forget_tls(self) -> None:
+        if self.tls is not None:
+            wipe(self.tls.ticket_keys)
+            self.tls = None
 
 
 class Monitor:
@@ -9952,11 +10000,12 @@ class Monitor:
     def forget_secrets(self, tls: "ClientTls | None" = None) -> None:
         """In a child: drop what is not its business, certificates' keys, other clients' keys and passwords."""
         for child in self.children.values():
-            if child.tls is not None and child.tls is not tls:
-                wipe(child.tls.ticket_keys)
-                child.tls = None
+            if child.tls is not tls:
+                child.forget_tls()
         if self.setup.certificates is not None:
-            self.setup.certificates.own(tls)
+            self.setup.certificates.contexts.clear()            # OpenSSL overwrites keys that it frees
+        if tls is not None:
+            tls.put_keys()
         wipe(*[check.message for check, _ in (*self.waiting, *self.consulting.values())])
         self.waiting.clear()
         self.consulting.clear()
@@ -9994,6 +10043,7 @@ class Monitor:
     def gone(self, child: Child, status: int) -> None:
         """Clean up behind a child, and tell who counts on it."""
         self.drop_channel(child)
+        child.forget_tls()
         if os.WIFSIGNALED(status) and self.stop_at is None:
             self.setup.log.warning("%s process %d was ended by signal %d" % (child.state, child.pid, os.WTERMSIG(status)))
         if child.state in (STATE_LOGIN, STATE_SESSION):
@@ -10126,7 +10176,7 @@ class Monitor:
             check, asker = self.waiting.popleft()
             begun = False
             try:
-                if asker.channel.fileno() >= 0:
+                if asker.channel.fileno() >= 0 and asker.tls is check.tls:      # or it is in already
                     child = self.fork(STATE_LOGIN, self.checking(check),
                                       number=check.number, peer=check.peer, asker=asker, altlog=self.setup.options.altlog)
                     child.consultation, begun = check.consultation, True
@@ -10161,9 +10211,8 @@ class Monitor:
         plain_parse(message)
         child.state = STATE_SESSION
         self.consulted(child, VERDICT_IN)
-        if child.asker is not None and child.asker.tls is not None:
-            wipe(child.asker.tls.ticket_keys)               # both of its processes have them
-            child.asker.tls = None
+        if child.asker is not None:
+            child.asker.forget_tls()                        # both of its processes have it
         self.check_done()
 
     def on_starttls(self, child: Child, message: bytes, fds: "list[int]") -> None:
@@ -10190,8 +10239,12 @@ class Monitor:
         assert self.setup.certificates is not None
         with as_root(self.setup.privileges):
             tls = self.setup.certificates.of_client(negotiated.sni)
-        self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, tls, negotiated, peer),
-                                 number=number, peer=peer, asker=asker, tls=tls))
+        try:
+            self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, tls, negotiated, peer),
+                                     number=number, peer=peer, asker=asker, tls=tls))
+        except OSError:
+            wipe(tls.ticket_keys)
+            raise
 
     def tls_child(self, channel: socket.socket, client: int, tls: ClientTls, negotiated: Negotiated, peer: Peer) -> None:
         self.forget_secrets(tls)
@@ -10244,7 +10297,12 @@ class Monitor:
                 os.chdir(self.directory)
                 options = options_read(self.argv)
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
-                listeners = listeners_renew(options, self.listeners)
+                try:
+                    listeners = listeners_renew(options, self.listeners)
+                except ConfigError:
+                    if setup.certificates is not None:
+                        setup.certificates.close()
+                    raise
         except (ConfigError, OSError) as error:
             log.error("The old configuration stays: %s" % error)
         except Exception:
