@@ -7111,6 +7111,15 @@ class TlsResumption(TlsExam):
         client.resume = True
         self.assertIs(self.resumed(client), True)
 
+    def test_auto_does_so_after_uploads_too(self):
+        if not self.with_libssl().new_ticket:
+            self.skipTest("needs OpenSSL 3.0")
+        client = self.secured()
+        self.put("x", b"data")
+        self.assertEqual(self.store(client, "STOR y", b"more")[0], 226)     # which resumes, and gets no ticket
+        client.resume = False
+        self.assertEqual(self.resumed(client), 522)
+
     def test_on_and_off(self):
         self.put("x", b"data")
         client = self.secured("--tlssessionreuse", "on")
@@ -7201,12 +7210,12 @@ def libssl_here():
 class TlsContexts(TlsExam):
     """What PRIV keeps of certificates, and what it hands out."""
 
-    def certificates(self, **options):
+    def certificates(self, before=None, **options):
         log = types.SimpleNamespace(warning=lambda text: None, error=lambda text: None)
         values = {"certfile": (self.certificate,) * 2, "extcert": None, "tlsminversion": "1.2", "tlsciphersuite": None}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)                     # see libssl_here()
-            found = pureftpd.Certificates(types.SimpleNamespace(**{**values, **options}), log)
+            found = pureftpd.Certificates(types.SimpleNamespace(**{**values, **options}), log, before)
         self.addCleanup(found.close)
         if found.libssl is None:
             self.skipTest("this Python gives no way to set ticket keys")
@@ -7243,6 +7252,34 @@ class TlsContexts(TlsExam):
         certificates = self.certificates()
         with self.assertRaises(OSError):
             certificates.of_client(b"")._replace(ticket_keys=b"short").put_keys()
+
+    def test_a_broken_certificate_of_a_host_survives_a_new_configuration(self):
+        directory = os.path.join(self.place, "survives")
+        os.mkdir(directory)
+        path = self.make_certificate("host", path=os.path.join(directory, "host.pem"))
+        before = self.certificates(extcert=directory)
+        before.of_client(b"host")
+        with open(path, "w") as file:
+            file.write("nonsense")
+        after = self.certificates(extcert=directory, before=before)
+        before.close()
+        self.assertIsNotNone(after.context_ready((path, path)))
+
+    def test_what_changes_while_it_is_read_is_not_kept_as_good(self):
+        path = self.make_certificate("changing")
+        certificates = self.certificates(certfile=(path, path))
+        good = [os.pread(fd, 1 << 20, 0) for fd in certificates.good[path, path]]
+        make = pureftpd.tls_context
+
+        def change_afterwards(*args):
+            context = make(*args)
+            self.make_certificate("changing")
+            return context
+
+        self.make_certificate("changing")
+        self.patch("tls_context", change_afterwards)
+        self.assertIsNotNone(certificates.of_client(b"").context)
+        self.assertEqual([os.pread(fd, 1 << 20, 0) for fd in certificates.good[path, path]], good)
 
     def test_few_host_names_are_kept(self):
         self.patch("FRESH_SECONDS", 0)
@@ -7521,6 +7558,38 @@ class TlsProcesses(TlsExam):
         client = self.secured(patches=patches)
         self.assertEqual(client.code("QUIT"), 221)
         self.until(lambda: not self.processes(patches=patches), "the TLS process is left")
+
+    def test_ticket_keys_of_who_has_left_are_wiped(self):
+        patches = """
+kept, of_client, gone = [], pureftpd.Certificates.of_client, pureftpd.Monitor.gone
+def keep(self, name):
+    kept.append(of_client(self, name))
+    return kept[-1]
+def tell(self, child, status):
+    gone(self, child, status)
+    pureftpd.os.write(2, b"%d of %d clients' ticket keys are left\\n" % (sum(any(tls.ticket_keys) for tls in kept), len(kept)))
+pureftpd.Certificates.of_client, pureftpd.Monitor.gone = keep, tell
+"""
+        self.secured(patches=patches, user=None).close()
+        self.daemon(patches=patches).wait_for("0 of 1 clients' ticket keys are left")
+
+    def test_long_rows_of_commands(self):
+        """The relay passes replies on while the session takes no more commands."""
+        client, count = self.secured(), 100000
+        rows, sent, got = b"NOOP\r\n" * count, 0, 0
+        client.sock.setblocking(False)
+        poller = select.poll()
+        poller.register(client.sock, select.POLLIN | select.POLLOUT)
+        deadline = time.monotonic() + EXAM_SECONDS
+        while got < count:
+            self.assertLess(time.monotonic(), deadline, (sent, got))
+            poller.poll(1000)
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                sent += client.sock.send(rows[sent:sent + 60000]) if sent < len(rows) else 0
+                poller.modify(client.sock, select.POLLIN | (select.POLLOUT if sent < len(rows) else 0))
+            with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                while got < count:
+                    got += client.sock.recv(1 << 16).count(b"\n")
 
     # -- guessing passwords --------------------------------------------------------------------------
 
@@ -8845,6 +8914,41 @@ class ProcessReloads(ProcExam):
         until(lambda: self.come_in(server), server)
         self.assertEqual((session.code("NOOP"), second.code("NOOP")), (200, 200))
         until(lambda: len(server.those("SERVER")) == 1, server)
+
+    @unittest.skipUnless(OPENSSL and HAS_PROC, "needs openssl(1) and /proc")
+    def test_a_mistake_leaves_no_descriptors(self):
+        certificate = TlsExam.make_certificate("reload", path=os.path.join(self.place, "reload.pem"))
+        text = "TLS 1\nCertFile %s\n" % certificate
+        server = self.configured(text)
+        before = os.listdir("/proc/%d/fd" % server.process.pid)
+        self.reload(server, text + "TLSBind 192.0.2.77,2990\n", "The old configuration stays")
+        self.assertEqual(os.listdir("/proc/%d/fd" % server.process.pid), before)
+
+    @unittest.skipUnless(OPENSSL, "needs openssl(1)")
+    def test_tls_is_switched_off_while_clients_log_in(self):
+        """They go on, each with tickets of its own."""
+        certificate = TlsExam.make_certificate("off", path=os.path.join(self.place, "off.pem"))
+        server = self.configured("TLS 1\nTLSSessionReuse on\nCertFile %s\n" % certificate)
+        clients = []
+        for _ in range(2):
+            client = TlsClient(server.connect())
+            self.addCleanup(client.close)
+            client.reply()
+            client.secure()
+            self.assertEqual(client.code("USER alice"), 331)
+            clients.append(client)
+        self.reload(server, "TLS 0\n")
+        for client in clients:
+            self.assertEqual(client.code("PASS secret"), 230)
+            client.protect()
+        for whose, code in ((0, 226), (1, 522)):
+            with clients[0].data() as data:
+                self.assertEqual(clients[0].code("NLST"), 150)
+                data.tls = clients[whose].context.wrap_socket(data.sock, session=clients[whose].sock.session)
+                with contextlib.suppress(OSError):
+                    while data.recv(100):
+                        pass
+            self.assertEqual(clients[0].reply()[0], code)
 
     def test_visitors_of_before_are_served_till_they_go(self):
         server = self.live()
