@@ -7216,7 +7216,6 @@ class Session(FileCommands):
             return 220, "Only EPSV from now on"
         here = b"2" if self.port.family == socket.AF_INET6 else b"1"
         if wanted not in (b"", here):
-            self.log.warning("The data connection did not resume the TLS session of its login (--tlssessionreuse)")
             raise Refuse(522, "Network protocol not supported here, use (%s)" % here.decode())
         if self.options.brokenclientscompatibility and here == b"1":
             raise Refuse(500, "Use PASV")
@@ -7347,7 +7346,6 @@ class Session(FileCommands):
             return stream, ABORTED
         except DataLost as loss:
             self.log.warning("The data connection broke: " + str(loss))
-            self.log.info("The data connection broke: " + str(loss))
             return stream, (426, "The data connection broke: " + str(loss))
         except TimedOut:
             return stream, (426, "Nothing moved for %d seconds" % self.idle_seconds)
@@ -7373,6 +7371,7 @@ class Session(FileCommands):
         stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, context, self.options.tlslooseclose)
         if not self.resumption.suffices(stream.sock, not upload, time.monotonic()):
             stream.close()
+            self.log.warning("The data connection did not resume the TLS session of its login (--tlssessionreuse)")
             raise Refuse(522, "The data connection must resume the TLS session of this login")
         return stream
 
@@ -8536,11 +8535,15 @@ class Certificates:
             self.good[paths] = [os.dup(fd) for fd in fds]
         try:
             self.context_of(options.certfile)
-            self.warn_of_expiry()
+            self.warn_of_expiry(options.certfile[0])
+            self.look_through(options.extcert)
         except (OSError, ValueError) as error:
             self.close()
-            raise ConfigError("-2 %s: %s; make one with --tlsselfsigned, or give the right file" % (
-                ",".join(dict.fromkeys(options.certfile)), tls_reason(error))) from None
+            made = "" if os.path.exists(options.certfile[0]) else "make one with --tlsselfsigned, or "
+            raise ConfigError("-2 %s; %sgive the right file" % (certificate_reason(options.certfile, error), made)) from None
+        except ConfigError:
+            self.close()
+            raise
         finally:
             memory_scrub()
 
@@ -8581,7 +8584,7 @@ class Certificates:
             if paths not in self.complained:
                 self.complained.add(paths)
                 remedy = "; the old one stays in use" if paths in self.good else ""
-                self.log.error("certificate %s: %s%s" % (paths[0], tls_reason(error), remedy))
+                self.log.error("certificate %s%s" % (certificate_reason(paths, error), remedy))
             return self.context_as_before(paths)
         finally:
             memory_scrub()
@@ -8627,13 +8630,46 @@ class Certificates:
                 os.close(fd)
         self.good = {}
 
-    def warn_of_expiry(self) -> None:
-        with open(self.options.certfile[0], encoding="ascii", errors="replace") as file:
+    def look_through(self, extcert: "str | None") -> None:
+        """Tell of files of -3 in which there is no certificate, or one that ends soon. Raises ConfigError."""
+        if not extcert:
+            return
+        try:
+            names = sorted(name for name in os.listdir(extcert) if name.endswith(".pem"))
+        except OSError as error:
+            raise ConfigError(f"-3 {extcert}: {error.strerror}; give a directory with files HOST.pem") from None
+        for name in names:
+            path = os.path.join(extcert, name)
+            try:
+                if self.warn_of_expiry(path) is None:
+                    self.log.error("certificate %s: there is no certificate in it" % path)
+            except OSError as error:
+                self.log.error("certificate %s: %s" % (path, error.strerror))
+
+    def warn_of_expiry(self, path: str) -> "float | None":
+        """When the certificate ends, in seconds since 1970; None when there is none. Raises OSError."""
+        with open(path, encoding="ascii", errors="replace") as file:
             ends = certificate_end(self.ssl, file.read(CERTIFICATE_MAX))
         if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
             self.log.warning("The certificate %s %s %s" % (
-                self.options.certfile[0], "ends" if ends > time.time() else "has ended",
+                path, "ends" if ends > time.time() else "has ended",
                 time.strftime("on %Y-%m-%d at %H:%M UTC", time.gmtime(ends))))
+        return ends
+
+
+def certificate_reason(paths: "tuple[str, str]", error: Exception) -> str:
+    """Why these two files (or one twice) cannot be used, where OpenSSL leaves it at "PEM lib"."""
+    for path, kind in zip(paths, ("CERTIFICATE", "PRIVATE KEY")):
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                text = file.read(CERTIFICATE_MAX)
+        except OSError as problem:
+            return f"{path}: {problem.strerror}"
+        if kind + "-----" not in text:
+            return f"{path}: there is no {kind.lower()} in it"
+        if kind == "PRIVATE KEY" and "ENCRYPTED" in text:
+            return f"{path}: the key has a passphrase, which nobody is asked for: remove it with openssl pkey"
+    return f"{paths[0]}: {tls_reason(error)}"
 
 
 def files_state(paths: "tuple[str, ...]") -> Any:
@@ -8663,7 +8699,7 @@ def file_is(path: str, fd: int) -> bool:
 
 
 def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
-    """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError."""
+    """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError; ConfigError for -J."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     lowest_version(ssl, context, options.tlsminversion)
     context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
@@ -8678,7 +8714,10 @@ def tls_context(ssl: Any, options: Any, certificate: str, key: str) -> Any:
             context.load_verify_locations(certificate)
         ciphers = ciphers[3:]
     if ciphers:
-        context.set_ciphers(ciphers)
+        try:
+            context.set_ciphers(ciphers)
+        except ssl.SSLError:
+            raise ConfigError(f"-J {ciphers}: no cipher that OpenSSL knows; try HIGH (see openssl ciphers -v)") from None
     return context
 
 
@@ -9070,6 +9109,7 @@ LOGIN_CHECKS = 16                   # credentials that are checked at once; more
 LOGIN_CHECK_SECONDS = 60            # a check that takes longer is ended (a back end hangs)
 LOGIN_EXIT = 10                     # exit status of a login child that let nobody in: this and the VERDICT_*
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
+HOME_REMEDIES = {errno.ENOENT: " (-j makes homes that are missing)"}
 UNSENT_MAX = 4096                   # messages that may wait for SERVER to read
 UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
@@ -9567,11 +9607,15 @@ def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
 def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
     """Lock this process into the home, become the user, stand where the session starts: (its files, where its / is).
 
-    Raises OSError before anything is given up; afterwards only for a start that the user cannot enter.
+    Raises ConfigError, OSError before anything is given up; afterwards only for a start that the user cannot enter.
     """
     privileges, log = setup.privileges, setup.log
     walked = home.locked
-    top = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        top = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError("the home %s of %s: %s%s" % (printable(home.root), printable(account.name), error.strerror,
+                                                       HOME_REMEDIES.get(error.errno or 0, ""))) from None
     if privileges.root:
         if home.locked:
             walked = not confine(top)
@@ -10418,7 +10462,12 @@ def pw_hosts(text: str) -> str:
     """A list of addresses, networks and host names."""
     if text.count(":") > 1:
         raise ValueError("an IPv6 address cannot be stored: colons separate the fields; give a host name")
-    return pw_text(text)
+    for item in filter(None, map(str.strip, pw_text(text).split(","))):
+        try:
+            network_parse(item)
+        except ValueError as error:
+            raise ValueError(f"{item}: {error}; give addresses, networks (10.0.0.0/8) or host names") from None
+    return text
 
 
 def pw_home(suffix: str) -> "Callable[[str], str]":
@@ -12228,7 +12277,8 @@ def announce(setup: Setup, listeners: "list[Listener]") -> None:
     if not setup.privileges.root and not options.login and not options.daemonize and listeners:
         host, port = listeners[0].sock.getsockname()[:2]
         print("Serving %s, %s, to anyone who can reach %s port %d: ftp://%s/\n"
-              "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -m, then -l puredb:FILE\n"
+              "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -f ./passwd -F ./users.pdb -m, "
+              "then -l puredb:./users.pdb\n"
               "All options: --help    Stop: Ctrl-C" % (
                   printable(setup.anonymous_root), "read-only" if options.anonymouscantupload else "with uploads",
                   host, port, "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port), port), flush=True)

@@ -4712,6 +4712,8 @@ class Strangers(Exam):
         client = self.client("-E", user=None)
         self.assertEqual((client.code("USER lost"), client.code("PASS secret")), (331, 421))
         self.assertTrue(client.at_end())
+        if not PROTOCOL_ORIGINAL:
+            self.server("-E").wait_for(r"ERROR.*the home /\S+ of lost: No such file or directory \(-j makes")
 
     def test_web_browsers_are_sent_away(self):
         for verb in ("CONNECT", "delete", "GET", "Head", "OPTIONS", "POST", "PUT"):
@@ -6852,11 +6854,32 @@ class TlsHandshakes(TlsExam):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(crt, key)
 
     def test_no_start_without_a_certificate(self):
-        nowhere = os.path.join(self.place, "nowhere.pem")
-        for switches, told in ((("-Y", "1", "-2", nowhere), "nowhere.pem"), (("--tlsbind", "990"), "-Y")):
+        nowhere, no_key, locked = (os.path.join(self.place, name) for name in ("nowhere.pem", "no_key.pem", "locked.pem"))
+        with open(self.certificate) as file:
+            text = file.read()
+        with open(no_key, "w") as file:
+            file.write(text[text.index("-----BEGIN CERT"):])
+        openssl("pkey", "-in", self.certificate, "-aes128", "-passout", "pass:secret", "-out", locked)
+        for switches, told in ((("-Y", "1", "-2", nowhere), "nowhere.pem: No such file.*; make one with --tlsselfsigned"),
+                               (("-Y", "1", "-2", no_key), "no_key.pem: there is no private key in it; give the right file"),
+                               (("-Y", "1", "-2", no_key + "," + locked), "locked.pem: the key has a passphrase"),
+                               (("-Y", "1", "-2", locked), "locked.pem: there is no certificate in it"),
+                               (("-Y", "1", "-2", self.certificate, "-J", "BOGUS"), "-J BOGUS: no cipher"),
+                               (("-Y", "1", "-2", self.certificate, "-3", nowhere), "-3 .*nowhere.pem: No such file"),
+                               (("--tlsbind", "990"), "-Y")):
             with self.assertRaises(AssertionError) as caught:
                 self.server(*switches)
-            self.assertIn(told, str(caught.exception))
+            self.assertRegex(str(caught.exception), told)
+
+    def test_certificates_by_host_name_are_looked_at(self):
+        directory = os.path.join(self.place, "looked_at")
+        os.mkdir(directory)
+        self.make_certificate("soon", days="13", path=os.path.join(directory, "soon.example.pem"))
+        with open(os.path.join(directory, "junk.example.pem"), "w") as file:
+            file.write("junk")
+        server = self.daemon("-3", directory)
+        server.wait_for("WARNING.*soon.example.pem ends on ")
+        server.wait_for("ERROR.*junk.example.pem: there is no certificate in it")
 
     @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
     def test_back_ends_learn_the_host_name(self):
@@ -6990,6 +7013,10 @@ pureftpd.TlsStream.send = told
         code, text = self.upload_cut_off()
         self.assertIn(code, (426, 451), text)
         self.daemon().wait_for(r"\(alice@.*close_notify")
+        before = len(self.daemon().lines)
+        self.upload_cut_off()
+        self.until(lambda: any("incomplete" in line for line in self.daemon().lines[before:]), "no line")
+        self.assertEqual(sum("close_notify" in line for line in self.daemon().lines[before:]), 1)
         self.daemon().wait_for(r"\(alice@.* uploaded .*incomplete")
 
     def test_an_upload_without_an_end_is_not_published(self):
@@ -7125,6 +7152,7 @@ class TlsResumption(TlsExam):
         client = self.secured("--tlssessionreuse", "on")
         client.resume = False
         self.assertEqual(self.resumed(client), 522)
+        self.daemon("--tlssessionreuse", "on").wait_for("WARNING.*did not resume the TLS session of its login")
         client.resume = True
         self.assertIs(self.resumed(client), True)
         client = self.secured("--tlssessionreuse", "off")
@@ -9460,7 +9488,8 @@ class Actions(Pw):
         for words in (("-t", "5x"), ("-n", "-1"), ("-N", "many"), ("-q", "0"), ("-Q", "0"), ("-y", "1.5"),
                       ("-z", "9-18h"), ("-z", "0900"), ("-z", "0960-1000"), ("-z", "2400-2500"), ("-d", "relative"),
                       ("-d", ""), ("-D", ""), ("-c", "a:b"), ("-c", "a\nb"), ("-c", "a\rb"), ("-d", "/a:b"),
-                      ("-d", "/a\nb"), ("-r", "2001:db8::1"), ("-i", "a\nb"), ("-C", "0"), ("-M", "0"),
+                      ("-d", "/a\nb"), ("-r", "2001:db8::1"), ("-r", "1.2.3.4/99"), ("-R", "a.example,bad_host!!"), ("-i", "300.1.1.1"),
+                      ("-i", "a\nb"), ("-C", "0"), ("-M", "0"),
                       ("-C", "1", "-M", "2000"), ("-Y",), ("-t",), ("extra",)):
             for login, action in (("joe", "usermod"), ("jim", "useradd")):
                 with self.subTest(words, action=action):
@@ -12303,7 +12332,7 @@ pureftpd.login_account = measured
                 texts.add((code, text))
                 costs[name].append(int(server.wait_for(r"%s%d took (\d+) us" % (name, i)).group(1)))
         self.assertEqual(len(texts), 1, texts)
-        known, unknown = (sorted(spent)[len(spent) // 2] for spent in costs.values())
+        known, unknown = map(min, costs.values())               # what a busy machine adds is not meant
         self.assertLess(abs(known - unknown), 0.3 * max(known, unknown), costs)
 
     def test_six_tries_that_wait_longer_and_longer(self):
