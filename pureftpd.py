@@ -191,9 +191,9 @@ class LibC:
 libc = LibC()
 
 
-def title_area_prepare() -> None:
+def title_area_prepare(name: str) -> None:
     """Find where the kernel keeps this process's arguments (proc(5), arg_start and env_end) and move the environment
-    away.
+    away. `name` is what ps and pgrep show for short.
     """
     if not sys.platform.startswith("linux") or libc.library is None:
         return
@@ -204,7 +204,7 @@ def title_area_prepare() -> None:
         return
     for key, value in os.environb.items():
         os.putenv(key, value)
-    libc.library.prctl(PR_SET_NAME, b"pure-ftpd", 0, 0, 0)
+    libc.library.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
     libc.title_area = arg_start, arg_end - arg_start, env_end - arg_start
 
 
@@ -12300,7 +12300,7 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
     listeners = [] if inetd else listeners_renew(options, [])
     pidfile = options.pidfile or ("/run/pure-ftpd.pid" if privileges.root else os.path.join(options.statedir, "pure-ftpd.pid"))
     pidfile = os.path.abspath(pidfile)                  # -B leaves the directory that it is relative to
-    title_area_prepare()
+    title_area_prepare(PROGRAM)
     descriptors_raise()
     ready = background() if options.daemonize and not inetd else None
     if not inetd:
@@ -12359,6 +12359,13 @@ TOOLS: "dict[str, Callable[[list[str]], int]]" = {
 }
 
 
+def tool_run(tool: str, argv: "list[str]") -> int:
+    """Be that tool, under its name in ps(1); the exit status."""
+    title_area_prepare("pure-" + tool)
+    process_title("pure-" + tool)
+    return TOOLS[tool](argv)
+
+
 def main(argv: "list[str]") -> int:
     """The program: a tool when it is called by a tool's name or with one as its first word, else the daemon.
 
@@ -12366,9 +12373,9 @@ def main(argv: "list[str]") -> int:
     """
     called = os.path.basename(argv[0])
     if called.startswith("pure-") and called[5:] in TOOLS:
-        return TOOLS[called[5:]](argv[1:])
+        return tool_run(called[5:], argv[1:])
     if len(argv) > 1 and argv[1] in TOOLS:
-        return TOOLS[argv[1]](argv[2:])
+        return tool_run(argv[1], argv[2:])
     try:
         options = options_read(argv[1:])
         if options.help:

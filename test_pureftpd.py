@@ -7400,13 +7400,12 @@ class TlsPrograms(TlsExam):
         with open(source, "wb") as file:
             file.write(b"s" * 1000)
         libssl = libssl_here()
-        for version in (["--tlsv1.3"], ["--tls-max", "1.2"]):   # up to 1.2 curl knows no tickets
-            for reuse in ("off", "auto", "on"):
-                switches = "--tlssessionreuse", reuse
-                words = ["-T", source, self.url("up", *switches)] * 3 if reuse != "on" or libssl and libssl.new_ticket else []
-                words += [self.url("down", *switches), "-o", "got", self.url("", *switches), "-o", "listing"]
-                if reuse != "on" or libssl:
-                    self.run_client(curl, *self.CURL, *version, *words)
+        for version, reuse in ((["--tlsv1.3"], "auto"), (["--tlsv1.3"], "on"), (["--tls-max", "1.2"], "on")):
+            switches = "--tlssessionreuse", reuse               # up to 1.2 curl knows no tickets
+            words = ["-T", source, self.url("up", *switches)] * 2 if reuse != "on" or libssl and libssl.new_ticket else []
+            words += [self.url("down", *switches), "-o", "got", self.url("", *switches), "-o", "listing"]
+            if reuse != "on" or libssl:
+                self.run_client(curl, *self.CURL, *version, *words)
 
     def test_lftp(self):
         lftp = self.program("lftp")
@@ -10761,6 +10760,19 @@ class AuthdTest(unittest.TestCase):
         self.addCleanup(self.stop, authd)
         self.wait_for(lambda: self.has_pid() or authd.poll() is not None)
         return authd
+
+    @unittest.skipUnless(os.path.exists("/proc/self/cmdline") and pureftpd.libc.library, "needs Linux's /proc, and ctypes")
+    def test_ps_shows_the_tools_name(self):
+        authd = subprocess.Popen([sys.executable, pureftpd.__file__, "authd", "-s", self.socket, "-r", self.program(""),
+                                  "-p", self.path("pid")], stderr=subprocess.PIPE)
+        self.addCleanup(authd.stderr.close)
+        self.addCleanup(self.stop, authd)
+        self.wait_for(lambda: self.has_pid() or authd.poll() is not None)
+        shown = []
+        for name in ("cmdline", "comm"):
+            with open("/proc/%d/%s" % (authd.pid, name)) as file:
+                shown.append(file.read().strip("\0\n"))
+        self.assertEqual(shown, ["pure-authd"] * 2)
 
     def has_pid(self):
         return os.path.exists(self.path("pid")) and os.path.getsize(self.path("pid")) > 0
