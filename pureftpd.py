@@ -2800,7 +2800,7 @@ def anonymous_user() -> Any:
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
-MSG_TRUNC, MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)       # as enums they cost PRIV 50 us a login
+MSG_TRUNC, MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)       # numbers: & makes enums each time
 
 VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 
@@ -8678,7 +8678,7 @@ def files_state(paths: "tuple[str, ...]") -> Any:
         found = [os.stat(path) for path in paths]
     except OSError:
         return None
-    if time.time() - max(entry.st_ctime for entry in found) < FRESH_SECONDS:
+    if abs(time.time() - max(entry.st_ctime for entry in found)) < FRESH_SECONDS:
         return None
     return [(entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns) for entry in found]
 

@@ -1543,7 +1543,7 @@ class Chain(BackendTest):
                     start = time.process_time()
                     self.refused(*chain, user=user, password=b"wrong")
                     times.append(time.process_time() - start)
-            wrong, missing, locked = map(statistics.median, costs.values())
+            wrong, missing, locked = map(min, costs.values())           # what a busy machine adds is not meant
             self.assertAlmostEqual(missing / wrong, 1.0, delta=0.25, msg=chain)
             self.assertAlmostEqual(locked / wrong, 1.0, delta=0.25, msg=chain)
 
