@@ -9935,11 +9935,11 @@ class Monitor:
 
     def on_signal(self, wake: socket.socket) -> None:
         numbers = set(wake.recv(4096))
+        if numbers & {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}:
+            self.stop()                                     # first: SERVER may have got the signal, too
         if signal.SIGCHLD in numbers:
             self.reap()
-        if numbers & {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}:
-            self.stop()
-        elif signal.SIGHUP in numbers and self.stop_at is None:
+        if signal.SIGHUP in numbers and self.stop_at is None:
             self.reload()
 
     def stop(self) -> None:

@@ -12556,6 +12556,19 @@ class Vanishing(Exam):
         return path
 
 
+class SignalsTogether(unittest.TestCase):
+    def test_a_signal_to_all_processes_is_no_death_of_the_server(self):
+        monitor, done = pureftpd.Monitor.__new__(pureftpd.Monitor), []
+        monitor.stop_at = None
+        with mock.patch.multiple(monitor, create=True, stop=lambda: done.append("stop"), reap=lambda: done.append("reap"),
+                                 reload=lambda: done.append("reload")):
+            for numbers, wanted in (((signal.SIGCHLD, signal.SIGTERM), ["stop", "reap"]), ((signal.SIGHUP,), ["reload"]),
+                                    ((signal.SIGCHLD, signal.SIGHUP), ["reap", "reload"])):
+                done.clear()
+                monitor.on_signal(types.SimpleNamespace(recv=lambda most: bytes(numbers)))
+                self.assertEqual(done, wanted)
+
+
 class PeerOf(unittest.TestCase):
     def test_what_is_no_connection_of_a_client(self):
         one, two = socket.socketpair()
