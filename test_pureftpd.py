@@ -6940,6 +6940,18 @@ pureftpd.TlsStream.send = told
             self.assertEqual(self.fetch(client, "RETR x")[::2], (226, bytes(size)))
             server.wait_for("at once: " + shown)
 
+    @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "needs Linux")
+    def test_the_beginning_of_an_upload_is_acknowledged_at_once(self):
+        patches = """
+def told(self, buffer, receive=pureftpd.TlsStream.receive_into):
+    pureftpd.os.write(2, b"quick: %d\\n" % self.sock.getsockopt(pureftpd.socket.IPPROTO_TCP, pureftpd.socket.TCP_QUICKACK))
+    return receive(self, buffer)
+pureftpd.TlsStream.receive_into = told
+"""
+        client, server = self.secured(patches=patches), self.daemon(patches=patches)
+        self.assertEqual(self.store(client, "STOR x", b"data")[0], 226)
+        self.assertEqual(server.wait_for(r"quick: (\d)").group(1), "1")
+
     def test_tls_1_2_too(self):
         context = client_context(maximum_version=ssl.TLSVersion.TLSv1_2)
         client, data = self.secured(context=context), self.content_of(1 << 20)
