@@ -197,8 +197,11 @@ def title_area_prepare(name: str) -> None:
     """
     if not sys.platform.startswith("linux") or libc.library is None:
         return
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:                                     # no /proc here
+        return
     arg_start, arg_end, env_start, env_end = map(int, fields[45:49])
     if not arg_start or env_start != arg_end:
         return
@@ -8538,7 +8541,7 @@ class Certificates:
         """`before`: those that these will replace. Raises ConfigError when they cannot be used now."""
         import ssl
         self.ssl, self.options, self.log = ssl, options, log
-        self.libssl = libssl_load()
+        self.libssl: "LibSSL | None" = before.libssl if before else libssl_load()
         # by paths, the last used last: (the files' state, what was made of them)
         self.contexts: "dict[tuple[str, str], tuple[Any, Any]]" = {}
         self.good: "dict[tuple[str, str], list[int]]" = {}      # by paths: memfds with what worked last
@@ -8660,8 +8663,7 @@ class Certificates:
 
     def warn_of_expiry(self, path: str) -> "float | None":
         """When the certificate ends, in seconds since 1970; None when there is none. Raises OSError."""
-        with open(path, encoding="ascii", errors="replace") as file:
-            ends = certificate_end(self.ssl, file.read(CERTIFICATE_MAX))
+        ends = certificate_end(self.ssl, pem_text(path))
         if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
             self.log.warning("The certificate %s %s %s" % (
                 path, "ends" if ends > time.time() else "has ended",
@@ -8669,12 +8671,17 @@ class Certificates:
         return ends
 
 
+def pem_text(path: str) -> str:
+    """What a file says, which should be PEM. Raises OSError."""
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read(CERTIFICATE_MAX)
+
+
 def certificate_reason(paths: "tuple[str, str]", error: Exception) -> str:
     """Why these two files (or one twice) cannot be used, where OpenSSL leaves it at "PEM lib"."""
     for path, kind in zip(paths, ("CERTIFICATE", "PRIVATE KEY")):
         try:
-            with open(path, encoding="ascii", errors="replace") as file:
-                text = file.read(CERTIFICATE_MAX)
+            text = pem_text(path)
         except OSError as problem:
             return f"{path}: {problem.strerror}"
         if kind + "-----" not in text:
@@ -9121,7 +9128,6 @@ LOGIN_CHECKS = 16                   # credentials that are checked at once; more
 LOGIN_CHECK_SECONDS = 60            # a check that takes longer is ended (a back end hangs)
 LOGIN_EXIT = 10                     # exit status of a login child that let nobody in: this and the VERDICT_*
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
-HOME_REMEDIES = {errno.ENOENT: " (-j makes homes that are missing)"}
 UNSENT_MAX = 4096                   # messages that may wait for SERVER to read
 UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
@@ -9626,8 +9632,8 @@ def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
     try:
         top = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise ConfigError("the home %s of %s: %s%s" % (printable(home.root), printable(account.name), error.strerror,
-                                                       HOME_REMEDIES.get(error.errno or 0, ""))) from None
+        remedy = " (-j makes homes that are missing)" if error.errno == errno.ENOENT else ""
+        raise ConfigError(f"the home {printable(home.root)} of {printable(account.name)}: {error.strerror}{remedy}") from None
     if privileges.root:
         if home.locked:
             walked = not confine(top)
@@ -10355,7 +10361,7 @@ class Monitor:
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
                 try:
                     listeners = listeners_renew(options, self.listeners)
-                except ConfigError:
+                except (ConfigError, OSError):
                     if setup.certificates is not None:
                         setup.certificates.close()
                     raise

@@ -12568,6 +12568,13 @@ class Vanishing(Exam):
         return path
 
 
+class WithoutProc(unittest.TestCase):
+    def test_there_are_no_titles(self):
+        """pw works where an image is being made; a daemon starts."""
+        with mock.patch("builtins.open", side_effect=FileNotFoundError):
+            self.assertIsNone(pureftpd.title_area_prepare("pure-pw"))
+
+
 class SignalsTogether(unittest.TestCase):
     def test_a_signal_to_all_processes_is_no_death_of_the_server(self):
         monitor, done = pureftpd.Monitor.__new__(pureftpd.Monitor), []
