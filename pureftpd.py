@@ -6163,8 +6163,9 @@ class Stream:
             count -= written
 
 # ==== OpenSSL beyond the ssl module ===============================================================
-# Three things that Python does not wrap, called through ctypes in the OpenSSL that its ssl module has loaded: the keys of
-# session tickets, one more ticket for a client that is connected, and a session that goes over into another process.
+# Four things that Python does not wrap, called through ctypes in the OpenSSL that its ssl module has loaded: the keys of
+# session tickets, one more ticket for a client that is connected, a session that goes over into another process, and
+# records that gather in memory, so that a large file goes out in few and large pieces.
 # CPython keeps OpenSSL's pointers behind the heads of its objects. Whether they are where we look is tried in a child,
 # which would be the one to crash; where it fails there is no LibSSL, and everybody does without.
 
@@ -6191,7 +6192,14 @@ class LibSSL:
                 ("i2d_SSL_SESSION", number, pointer, pointer),
                 ("d2i_SSL_SESSION", pointer, pointer, pointer, ctypes.c_long),
                 ("SSL_CTX_add_session", number, pointer, pointer),
-                ("SSL_SESSION_free", None, pointer)):
+                ("SSL_SESSION_free", None, pointer),
+                ("SSL_get_wbio", pointer, pointer),
+                ("SSL_set0_wbio", None, pointer, pointer),
+                ("BIO_new_bio_pair", number, pointer, ctypes.c_size_t, pointer, ctypes.c_size_t),
+                ("BIO_nread0", number, pointer, pointer),
+                ("BIO_nread", number, pointer, pointer, number),
+                ("BIO_up_ref", number, pointer),
+                ("BIO_free", number, pointer)):
             function = getattr(self.library, name)
             function.restype, function.argtypes = result, arguments
         # since OpenSSL 3.0
@@ -6246,6 +6254,41 @@ class LibSSL:
         return self.ctypes.byref(self.ctypes.c_void_p(self.ctypes.addressof(area)))
 
 
+class Outbox:
+    """What OpenSSL writes to one connection, until close(): it gathers in memory, and its user sends it (BIO_s_bio(3)).
+
+    OpenSSL alone writes each record of 16 KiB by itself. Measured: a download in large pieces costs a fifth less CPU in all.
+    What has not been sent at close() is lost.
+    """
+
+    def __init__(self, libssl: LibSSL, sock: Any, size: int) -> None:
+        """With room for `size` bytes: when it is full, writing to `sock` raises SSLWantWriteError. Raises MemoryError."""
+        self.ctypes, self.library = libssl.ctypes, libssl.library
+        self.connection = libssl.of_connection(sock).value
+        inlet, self.outlet, self.start = (self.ctypes.c_void_p() for _ in range(3))
+        if self.library.BIO_new_bio_pair(self.ctypes.byref(inlet), size, self.ctypes.byref(self.outlet), 1) != 1:
+            raise MemoryError()
+        self.direct = self.library.SSL_get_wbio(self.connection)
+        self.library.BIO_up_ref(self.direct)            # because what is replaced is let go
+        self.library.SSL_set0_wbio(self.connection, inlet)
+
+    def waiting(self) -> memoryview:
+        """What is to be sent next, without copying it; good until taken(), empty when all was."""
+        count = self.library.BIO_nread0(self.outlet, self.ctypes.byref(self.start))
+        if count <= 0:
+            return memoryview(b"")
+        return memoryview((self.ctypes.c_char * count).from_address(self.start.value)).cast("B")
+
+    def taken(self, count: int) -> None:
+        """So many bytes of waiting() were sent."""
+        self.library.BIO_nread(self.outlet, self.ctypes.byref(self.start), count)
+
+    def close(self) -> None:
+        """From now on OpenSSL writes to the socket again."""
+        self.library.SSL_set0_wbio(self.connection, self.direct)
+        self.library.BIO_free(self.outlet)
+
+
 class ClientTls(NamedTuple):
     """What one client's processes need for TLS."""
     context: Any                        # the SSLContext of its certificate
@@ -6275,13 +6318,24 @@ def libssl_load() -> "LibSSL | None":
 
 
 def libssl_works(libssl: LibSSL) -> bool:
-    """Whether keys are read back that were set, and a connection leads to its context. May crash."""
+    """Whether keys are read back that were set, a connection leads to its context, and what it says can be gathered. May
+    crash.
+    """
     import ssl
     context, keys = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), os.urandom(TICKET_KEYS)
     libssl.ticket_keys_set(context, keys)
-    connection = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    received = ssl.MemoryBIO()
+    connection = context.wrap_bio(received, ssl.MemoryBIO(), server_side=True)
     found = libssl.library.SSL_get_SSL_CTX(libssl.of_connection(connection))
-    return libssl.ticket_keys(context) == keys and found == libssl.of_context(context).value
+    outbox = Outbox(libssl, connection, 100)
+    received.write(b"\x16\3\1\0\4" b"\1\0\0\0")            # a ClientHello of no bytes, which is answered by an alert
+    try:
+        connection.do_handshake()
+    except ssl.SSLError:
+        pass
+    alert = outbox.waiting()[:1] == b"\x15"
+    outbox.close()
+    return libssl.ticket_keys(context) == keys and found == libssl.of_context(context).value and alert
 
 # ==== TLS streams =================================================================================
 # RFC 4217: data connections under PROT P. OpenSSL works on the non-blocking socket, and Attention waits for it as for any
@@ -6299,6 +6353,7 @@ def libssl_works(libssl: LibSSL) -> bool:
 HANDSHAKE_SECONDS = 30
 GOODBYE_SECONDS = 3.0               # for the other side's close_notify
 TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
+TLS_GATHERED = 1 << 19              # the same, where records are gathered; measured: with half of it 5 % slower
 TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
 NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
 
@@ -6367,15 +6422,17 @@ class TlsStream(Stream):
     spliced = False
 
     def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
-                 progress: "Callable[[int], None] | None", context: Any, loose: bool) -> None:
+                 progress: "Callable[[int], None] | None", tls: ClientTls, loose: bool) -> None:
         """Does the handshake. Raises DataLost when it fails; `sock` is closed then."""
         import ssl
         super().__init__(sock, attention, rate, HANDSHAKE_SECONDS, progress)
         self.at_once(True)
-        self.ssl, self.loose = ssl, loose
+        self.ssl, self.libssl, self.loose = ssl, tls.libssl, loose
+        self.outbox: "Outbox | None" = None             # while a large file is sent
         self.ended: "Exception | None" = None           # why nothing more can be received
         self.told_end = False                           # the client has said that it has sent everything
-        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+        self.sock: Any = tls.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
+                                                 suppress_ragged_eofs=False)
         try:
             self.patiently(self.sock.do_handshake)
         except BaseException as error:
@@ -6395,7 +6452,10 @@ class TlsStream(Stream):
             except self.ssl.SSLWantReadError:
                 self.wait_readable()
             except self.ssl.SSLWantWriteError:
-                self.wait_writable()
+                if self.outbox is None:
+                    self.wait_writable()
+                else:
+                    self.empty(self.outbox)
 
     def at_once(self, yes: bool) -> None:
         """TCP_NODELAY: whether small pieces go out before the last one was acknowledged.
@@ -6421,19 +6481,43 @@ class TlsStream(Stream):
 
     def send_some(self, data: "bytes | memoryview") -> int:
         try:
-            return self.patiently(self.sock.send, data[:TLS_CHUNK])
+            count = self.patiently(self.sock.send, data if self.outbox else data[:TLS_CHUNK])
         except self.ssl.SSLError as error:
             raise DataLost(tls_reason(error)) from None
+        if self.outbox is not None:
+            self.empty(self.outbox)
+        return count
+
+    def empty(self, outbox: Outbox) -> None:
+        """Send all that has gathered. Raises what os.write() does, but for BlockingIOError."""
+        while True:
+            data = outbox.waiting()
+            if not data:
+                return
+            try:
+                outbox.taken(os.write(self.sock.fileno(), data))
+            except BlockingIOError:
+                self.wait_writable()
 
     def send_file(self, fd: int, offset: int, end: int) -> None:
-        """Through one buffer.
+        self.at_once(end - offset <= TLS_CHUNK)
+        if end - offset <= TLS_CHUNK or self.libssl is None:
+            self.send_through(memoryview(bytearray(TLS_CHUNK)), fd, offset, end)
+            return
+        self.outbox = Outbox(self.libssl, self.sock, TLS_GATHERED + TLS_GATHERED // 64)     # heads and tags: 1 in 500
+        try:
+            self.send_through(memoryview(bytearray(TLS_GATHERED)), fd, offset, end)
+        finally:
+            self.outbox.close()
+            self.outbox = None
+
+    def send_through(self, buffer: memoryview, fd: int, offset: int, end: int) -> None:
+        """send_file() through a buffer.
 
         An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file.
         """
-        self.at_once(end - offset <= TLS_CHUNK)
-        buffer = memoryview(bytearray(TLS_CHUNK))
         while offset < end:
-            count = os.preadv(fd, [buffer[:end - offset] if end - offset < TLS_CHUNK else buffer], offset)
+            count = os.preadv(fd, [buffer[:end - offset] if end - offset < len(buffer) else buffer], offset)
             if not count:
                 return
             self.send(buffer[:count])
@@ -7381,9 +7465,8 @@ class Session(FileCommands):
     def stream(self, sock: socket.socket, rate: int, progress: "Callable[[int], None] | None", upload: bool) -> Stream:
         if self.entry.tls is None or not self.encrypted_data:
             return Stream(sock, self.attention, rate, self.idle_seconds, progress)
-        context = self.entry.tls.context
-        context.num_tickets = 0 if upload else 1
-        stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, context, self.options.tlslooseclose)
+        self.entry.tls.context.num_tickets = 0 if upload else 1
+        stream = TlsStream(sock, self.attention, rate, self.idle_seconds, progress, self.entry.tls, self.options.tlslooseclose)
         if not self.resumption.suffices(stream.sock, not upload, time.monotonic()):
             stream.close()
             self.log.warning("The data connection did not resume the TLS session of its login (--tlssessionreuse)")

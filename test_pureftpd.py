@@ -6920,12 +6920,99 @@ class TlsTransfers(TlsExam):
         return hashlib.sha256(b"x").digest() * (size // 32) + b"the end"
 
     def test_both_ways_whole(self):
-        client, data = self.secured(), self.content_of(self.SIZE)
+        data = self.content_of(self.SIZE)
         self.put("big", data)
-        code, _, got = self.fetch(client, "RETR big")
+        for patches in ("", "pureftpd.libssl_load = lambda: None"):
+            client = self.secured(patches=patches)
+            code, _, got = self.fetch(client, "RETR big")
+            self.assertEqual((code, got == data), (226, True))
+            self.assertEqual(self.store(client, "STOR up", data)[0], 226)
+            self.assertTrue(self.content("up") == data)
+
+    def test_large_files_go_out_in_large_pieces(self):
+        if libssl_here() is None:
+            self.skipTest("this Python gives no way to gather records")
+        patches = """
+def told(self, outbox, empty=pureftpd.TlsStream.empty):
+    pureftpd.os.write(2, b"gathered: %d\\n" % len(outbox.waiting()))
+    empty(self, outbox)
+pureftpd.TlsStream.empty = told
+"""
+        client, server, data = self.secured(patches=patches), self.daemon(patches=patches), os.urandom((3 << 20) + 1)
+        self.put("x", data)
+        code, _, got = self.fetch(client, "RETR x")
         self.assertEqual((code, got == data), (226, True))
-        self.assertEqual(self.store(client, "STOR up", data)[0], 226)
-        self.assertTrue(self.content("up") == data)
+        pieces = [int(size) for size in re.findall(r"gathered: (\d+)", "\n".join(server.lines))]
+        self.assertEqual(len(pieces), (3 << 20) // pureftpd.TLS_GATHERED + 1)
+        self.assertGreater(min(pieces[:-1]), pureftpd.TLS_GATHERED)
+
+    def test_records_gather_until_they_are_sent(self):
+        libssl = libssl_here()
+        if libssl is None:
+            self.skipTest("this Python gives no way to gather records")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        context.num_tickets = 0
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            with self.subTest(version), contextlib.ExitStack() as stack:
+                ours, theirs = (stack.enter_context(sock) for sock in socket.socketpair())
+                ours.setblocking(False)
+                server = stack.enter_context(context.wrap_socket(ours, server_side=True, do_handshake_on_connect=False))
+                client = stack.enter_context(client_context(maximum_version=version).wrap_socket(
+                    deadline_socket(theirs), do_handshake_on_connect=False))
+                shaking = threading.Thread(target=client.do_handshake)
+                shaking.start()
+                self.again(server, server.do_handshake)
+                shaking.join()
+                self.check_outbox(libssl, server, client)
+
+    def again(self, sock, action):
+        """action() on a non-blocking TLS connection."""
+        while True:
+            try:
+                return action()
+            except ssl.SSLWantReadError:
+                self.assertTrue(select.select([sock], [], [], EXAM_SECONDS)[0], "nothing came")
+
+    def check_outbox(self, libssl, server, client):
+        data = os.urandom(30000)
+        with contextlib.closing(pureftpd.Outbox(libssl, server, 20000)) as outbox:
+            with self.assertRaises(ssl.SSLWantWriteError):
+                server.send(data)
+            sent = bytes(outbox.waiting())
+            self.assertEqual(len(sent), 20000)
+            outbox.taken(15000)
+            self.assertEqual(outbox.waiting(), sent[15000:])
+            outbox.taken(5000)
+            self.assertEqual(len(outbox.waiting()), 0)
+            self.assertEqual(server.send(data), len(data))              # the same again, as OpenSSL wants it
+            sent += bytes(outbox.waiting())
+            self.assertTrue(30000 < len(sent) < 30200, len(sent))
+            self.assertEqual(select.select([client], [], [], 0)[0], [])
+            outbox.taken(len(outbox.waiting()))
+        os.write(server.fileno(), sent)
+        self.assertEqual(server.send(b"directly"), 8)
+        got = b""
+        while len(got) < 30008:
+            got += client.recv(30008)
+        self.assertTrue(got == data + b"directly")
+        for _ in range(200):                                            # each lets go of all it has
+            pureftpd.Outbox(libssl, server, 1 << 20).close()
+        self.assertEqual(server.send(b"still"), 5)
+        self.assertEqual(client.recv(100), b"still")
+
+    def test_a_slow_reader_gets_all_of_it(self):
+        data = os.urandom(16 << 20)
+        self.put("x", data)
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            client = self.secured(context=client_context(maximum_version=version))
+            with client.data() as sock:
+                self.assertEqual(client.code("RETR x"), 150)
+                got = bytearray(sock.recv(5000))
+                self.assertEqual(client.code("STAT"), 213)
+                for piece in iter(lambda: sock.recv(5000), b""):
+                    got += piece
+            self.assertEqual((client.reply()[0], got == data), (226, True))
 
     def test_small_files_do_not_wait_for_an_acknowledgement(self):
         patches = """
@@ -6975,7 +7062,7 @@ pureftpd.TlsStream.receive_into = told
 
     def test_files_of_every_size(self):
         client = self.secured()
-        for size in (0, 1, 16383, 16384, 16385, (1 << 18) - 1, 1 << 18, (1 << 18) + 1):
+        for size in (0, 1, 16383, 16384, 16385, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 19, 1 << 20):
             data = os.urandom(size)
             self.assertEqual(self.store(client, "STOR x", data)[0], 226)
             self.assertEqual(self.content("x"), data)
