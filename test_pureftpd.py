@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import ftplib
+import functools
 import hashlib
 import inspect
 import io
@@ -910,19 +911,31 @@ class NewHashes(unittest.TestCase):
             self.assertFalse(pureftpd.password_verify(password + b"x", theirs.value.decode()))
 
 
+def settled_costs(share, actions):
+    """The least CPU time of each action in seconds. They take turns till these differ by less than `share`, or 100 times.
+
+    A virtual machine may be half as fast for seconds: what the work costs is seen in the best of many tries.
+    """
+    costs = [[] for _ in actions]
+    for turn in range(100):
+        for action, times in zip(actions, costs):
+            start = time.process_time()
+            action()
+            times.append(time.process_time() - start)
+        best = [min(times) for times in costs]
+        if turn > 5 and max(best) < (1 + share) * min(best):
+            break
+    return best
+
+
 class Wasting(unittest.TestCase):
     def test_a_missing_user_costs_what_a_wrong_password_costs(self):
         samples = ["$6$rounds=4000$salt$" + "." * 86, pureftpd.scrypt_make(b"pw", 1, 1 << 20)]
         for sample in samples:
             with self.subTest(sample[:3]):
-                wrong, missing = [], []
-                for _ in range(50):
-                    for function, times in ((pureftpd.password_verify, wrong), (pureftpd.password_waste, missing)):
-                        start = time.process_time_ns()
-                        self.assertFalse(function(b"guess", sample))
-                        times.append(time.process_time_ns() - start)
-                ratio = statistics.median(missing) / statistics.median(wrong)
-                self.assertTrue(0.9 < ratio < 1.1, ratio)
+                costs = settled_costs(0.1, [lambda: self.assertFalse(pureftpd.password_verify(b"guess", sample)),
+                                            lambda: self.assertFalse(pureftpd.password_waste(b"guess", sample))])
+                self.assertLess(max(costs), 1.1 * min(costs))
 
     def test_a_sample_that_is_no_hash_or_cannot_be_checked_does_no_harm(self):
         with mock.patch.object(pureftpd, "password_verify", side_effect=pureftpd.HashUnsupported) as verify:
@@ -1537,15 +1550,9 @@ class Chain(BackendTest):
         path = self.puredb(*(f"u{i}:{SLOWHASH}:1001:1001::/one" for i in range(20)), "locked:*:1001:1001::/one")
         base = sqlite_database(self, *((f"u{i}", SLOWHASH) for i in range(20)))
         for chain in ((("puredb", path),), (("sqlite", base),)):
-            costs = {user: [] for user in (b"u7", b"nobody-of-that-name", b"locked")}
-            for _ in range(9):
-                for user, times in costs.items():
-                    start = time.process_time()
-                    self.refused(*chain, user=user, password=b"wrong")
-                    times.append(time.process_time() - start)
-            wrong, missing, locked = map(min, costs.values())           # what a busy machine adds is not meant
-            self.assertAlmostEqual(missing / wrong, 1.0, delta=0.25, msg=chain)
-            self.assertAlmostEqual(locked / wrong, 1.0, delta=0.25, msg=chain)
+            costs = settled_costs(0.2, [functools.partial(self.refused, *chain, user=user, password=b"wrong")
+                                        for user in (b"u7", b"nobody-of-that-name", b"locked")])
+            self.assertLess(max(costs), 1.2 * min(costs), chain)
 
     def test_preload(self):
         pureftpd.authentication_preload(login_options(("puredb", self.path("later"))), self.log)
@@ -12438,15 +12445,17 @@ def measured(setup, request, peer):
 pureftpd.login_account = measured
 """)
         costs, texts = {"joe": [], "eve": []}, set()
-        for i in range(7):
+        for i in range(20):
             for name in costs:
                 client, code, text = self.login(server, "%s%d" % (name, i), "guess%d" % i)
                 client.close()
                 texts.add((code, text))
                 costs[name].append(int(server.wait_for(r"%s%d took (\d+) us" % (name, i)).group(1)))
+            if i > 5 and abs(min(costs["joe"]) - min(costs["eve"])) < 0.3 * min(costs["joe"]):      # as in settled_costs()
+                break
+        else:
+            self.fail(costs)
         self.assertEqual(len(texts), 1, texts)
-        known, unknown = map(min, costs.values())               # what a busy machine adds is not meant
-        self.assertLess(abs(known - unknown), 0.3 * max(known, unknown), costs)
 
     def test_six_tries_that_wait_longer_and_longer(self):
         server = self.server("-l", self.database("six.pdb", self.user("joe")), patches="pureftpd.FAILURE_SECONDS = 0.02")
