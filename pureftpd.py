@@ -6353,6 +6353,7 @@ def libssl_works(libssl: LibSSL) -> bool:
 HANDSHAKE_SECONDS = 30
 GOODBYE_SECONDS = 3.0               # for the other side's close_notify
 TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
+RECORD, RECORD_OVERHEAD = 16384, 22     # bytes of data in a record, and besides them
 TLS_GATHERED = 1 << 19              # the same, where records are gathered; measured: with half of it 5 % slower
 TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
 NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
@@ -6511,13 +6512,23 @@ class TlsStream(Stream):
             self.outbox.close()
             self.outbox = None
 
+    def whole_segments(self) -> int:
+        """How much data fills whole TCP segments as records of TLS 1.3 (RFC 8446 5.2): Nagle's algorithm holds back no end.
+
+        Measured: 10 to 20 % faster on loopback.
+        """
+        segment = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+        size = max(TLS_GATHERED // segment, 1) * segment
+        return size + size // -(RECORD + RECORD_OVERHEAD) * RECORD_OVERHEAD
+
     def send_through(self, buffer: memoryview, fd: int, offset: int, end: int) -> None:
         """send_file() through a buffer.
 
         An mmap would save a copy, and kill this process with SIGBUS when somebody shortens the file.
         """
         while offset < end:
-            count = os.preadv(fd, [buffer[:end - offset] if end - offset < len(buffer) else buffer], offset)
+            most = min(end - offset, len(buffer) if self.outbox is None else self.whole_segments())
+            count = os.preadv(fd, [buffer[:most]], offset)
             if not count:
                 return
             self.send(buffer[:count])
