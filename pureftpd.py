@@ -9924,6 +9924,8 @@ def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | Non
         raise ConfigError(f"{empty}: {error.strerror}") from None
     if not options.anonymousonly:
         authentication_preload(options, log)
+    for transferlog in transferlogs_open(options.altlog, log):          # sessions open them; what is wrong is told now
+        os.close(transferlog.fd)
     certificates = certificates_read(options, log, old.certificates if old else None)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()

@@ -11502,6 +11502,9 @@ class Issue5Logs(Issue5):
                 self.leave(client, server)
         return logs
 
+    def test_a_log_that_cannot_be_is_told_at_the_start(self):
+        self.server("-O", "clf:%s/nowhere/log" % self.place).wait_for("transfer log .*/nowhere/log: No such file or directory")
+
     def test_lines_are_the_originals(self):
         for user, home, switches, forms in (("ann", "ann", (), self.FORMS), ("bob", "bob", (), ("stats",)), ("bob", "bob", ("-A",), ("w3c",)),
                                             ("full", "full", (), ("clf", "stats"))):
