@@ -2352,6 +2352,13 @@ class TreesAgree(Trees):
                 self.assertEqual(root + walked.working_directory().rstrip(b"/"), kernel.working_directory())
                 self.assertEqual(walked.absolute(b"x/../y"), (walked.working_directory().rstrip(b"/") + b"/y"))
 
+    def test_where_paths_lead(self):
+        kernel = pureftpd.KernelTree()
+        for path in (*self.PATHS, b"/", b"//", b"/.", b"dirlink/missing", b"dirlink/below/", b"dangling/missing/x", b"sub//below"):
+            for form in (path, os.fsencode(self.top) + b"/" + path, b"./" + path):
+                with self.subTest(form):
+                    self.assertEqual(kernel.real(form), os.path.realpath(form))
+
     def test_names_are_bytes(self):
         walked, kernel = self.tree(), pureftpd.KernelTree()
         names = [b"caf\xc3\xa9", b"caf\xe9", bytes(range(1, 47)), bytes(range(48, 128)), bytes(range(128, 256)), b" ",
