@@ -3255,27 +3255,11 @@ class KernelTree(Tree):
 
     def real(self, path: bytes) -> bytes:
         try:
-            return os.path.realpath(path) if self.leads_through_links(path) else self.absolute(path)
+            if b"/" not in path and not stat.S_ISLNK(os.lstat(path).st_mode):      # mostly; os.path.realpath() is slow
+                return self.absolute(path)
+            return os.path.realpath(path)
         except OSError:
             return self.absolute(path)          # the working directory is gone
-
-    @staticmethod
-    def leads_through_links(path: bytes) -> bool:
-        """Whether a part of `path` is a link, is not there, or may lead behind a link ("..").
-
-        Mostly not, which os.path.realpath() takes four times as long to see.
-        """
-        if b".." in path:
-            return True
-        end = len(path)
-        try:
-            while end > 0:
-                if stat.S_ISLNK(os.lstat(path[:end]).st_mode):
-                    return True
-                end = path.rfind(b"/", 0, end)
-        except OSError:
-            return True
-        return False
 
     def stat(self, path: bytes) -> os.stat_result:
         return os.stat(path)
