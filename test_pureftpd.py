@@ -7130,14 +7130,14 @@ pureftpd.TlsStream.receive_into = told
         return client.reply()
 
     def test_an_upload_without_an_end_is_not_complete(self):
-        code, text = self.upload_cut_off()
-        self.assertIn(code, (426, 451), text)
-        self.daemon().wait_for(r"\(alice@.*close_notify")
-        before = len(self.daemon().lines)
-        self.upload_cut_off()
-        self.until(lambda: any("incomplete" in line for line in self.daemon().lines[before:]), "no line")
-        self.assertEqual(sum("close_notify" in line for line in self.daemon().lines[before:]), 1)
-        self.daemon().wait_for(r"\(alice@.* uploaded .*incomplete")
+        switches = "-c", "49"                               # a server of its own
+        server = self.daemon(*switches)
+        for _ in range(2):
+            before = len(server.lines)
+            code, text = self.upload_cut_off(*switches)
+            self.assertIn(code, (426, 451), text)
+            self.until(lambda: any(re.search(r"\(alice@.* uploaded .*incomplete", line) for line in server.lines[before:]), "no line")
+            self.assertEqual(sum("close_notify" in line for line in server.lines[before:]), 1)
 
     def test_an_upload_without_an_end_is_not_published(self):
         code, text = self.upload_cut_off("-0")
@@ -9156,7 +9156,8 @@ class ProcessReloads(ProcExam):
                     self.reload(server, text, "The old configuration stays: .*" + hint)
             os.unlink(self.config)
             self.reload(server, line="The old configuration stays: .*conf")
-            self.assertEqual((server.titles(), len(proc_fds(server.pid))), before)
+            until(lambda: len(proc_fds(server.pid)) <= before[1], server)           # which had one for a moment, perhaps
+            self.assertEqual(server.titles(), before[0])
             self.assertEqual((self.enter(server).code("NOOP"), server.count("bug:")), (200, 0))
             self.reload(server, base)
 
