@@ -3274,38 +3274,55 @@ class OwnFiles:
     """
 
     def __init__(self, files: "list[bytes]", directories: "list[bytes]") -> None:
-        self.inodes: "set[tuple[int, int]]" = set()             # of the files, whatever they are called
+        # where each file is, so that it is known by other names, too
+        self.files: "dict[tuple[int, int], bytes]" = {}
         # directory and name, also of files that do not exist yet
         self.places: "set[tuple[int, int, bytes]]" = set()
         self.closed: "set[tuple[int, int]]" = set()             # directories that nobody enters
         self.ancestors: "set[tuple[int, int]]" = set()          # directories whose renaming would move an own file away
         self.names: "set[bytes]" = set()
         for path in directories:
-            self.add(path, self.closed)
+            self.closed.update(filter(None, map(self.inode, self.add(path))))
         for path in files:
-            self.add(path, self.inodes)
+            for name in self.add(path):
+                inode = self.inode(name)
+                if inode is not None:
+                    self.files[inode] = name
 
-    def add(self, path: bytes, inodes: "set[tuple[int, int]]") -> None:
-        for name in {os.path.abspath(path), os.path.realpath(path)}:
+    def add(self, path: bytes) -> "set[bytes]":
+        """Protect the place of `path`; what it is called there."""
+        names = {os.path.abspath(path), os.path.realpath(path)}
+        for name in names:
             above = name
             while above != os.path.dirname(above):
                 above = os.path.dirname(above)
-                self.note(above, self.ancestors)
-            self.note(name, inodes)
+                self.ancestors.update(filter(None, [self.inode(above)]))
             try:
                 st = os.stat(os.path.dirname(name))
             except OSError:
                 continue
             self.places.add((st.st_dev, st.st_ino, os.path.basename(name)))
             self.names.add(os.path.basename(name))
+        return names
 
     @staticmethod
-    def note(path: bytes, inodes: "set[tuple[int, int]]") -> None:
+    def inode(path: bytes) -> "tuple[int, int] | None":
+        """(device, inode); None for what is not there (yet)."""
         try:
             st = os.stat(path)
         except OSError:
-            return                                      # it is not there (yet)
-        inodes.add((st.st_dev, st.st_ino))
+            return None
+        return st.st_dev, st.st_ino
+
+    def has(self, inode: "tuple[int, int]") -> bool:
+        """Whether that is one of them, still: the inode of one that was replaced is soon another file's."""
+        if inode not in self.files:
+            return inode in self.closed
+        try:
+            st = os.stat(self.files[inode])
+        except OSError as error:
+            return error.errno != errno.ENOENT
+        return (st.st_dev, st.st_ino) == inode
 
 
 class WalkedTree(Tree):
@@ -3424,8 +3441,7 @@ class WalkedTree(Tree):
 
     def guard(self, st: os.stat_result, path: bytes) -> None:
         if self.own is not None:
-            key = (st.st_dev, st.st_ino)
-            if key in self.own.inodes or key in self.own.closed:
+            if self.own.has((st.st_dev, st.st_ino)):
                 raise permission_denied(path)
 
     def guard_place(self, at: int, name: bytes, path: bytes) -> None:

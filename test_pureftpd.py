@@ -2217,6 +2217,13 @@ class OwnFilesProtection(Trees):
         self.refused(self.walked.open, b"server/etc/users.pdb", os.O_RDONLY)
         self.refused(self.walked.open, b"soft", os.O_RDONLY)
 
+    def test_a_new_file_may_have_the_inode_of_one_that_was_replaced(self):
+        os.link(self.own_files[0], os.path.join(self.top, "reused"))        # as a file system does by chance
+        self.put("top/server/etc/new", "new hash")
+        os.rename(os.path.join(self.top, "server/etc/new"), self.own_files[0])
+        self.assertEqual(self.read(self.walked, b"reused"), b"hash")
+        self.refused(self.walked.open, b"server/etc/users.pdb", os.O_RDONLY)
+
     def test_closed_directories_are_not_entered_nor_listed(self):
         for path in (b"server/state", b"server/state/.", b"server/etc/../state"):
             self.refused(self.walked.change_directory, path)
