@@ -41,7 +41,7 @@ The map, foundation first; no section uses what is below it:
     Commands                                                  the table, and what both sides of the login answer
     Data connections                                          PASV, PORT, and how a session waits
     Streams: the bytes of a data connection                   sendfile, splice, ASCII
-    OpenSSL beyond the ssl module                             ticket keys, one more ticket, a session handed over
+    OpenSSL beyond the ssl module                             ticket keys, one more ticket, a session handed over, large pieces
     TLS streams                                               data connections under TLS, and a look at a ClientHello
     Session: one user's process                               greeting, loop, replies
     Session: files and directories                            CWD ... SITE
