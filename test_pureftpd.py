@@ -7091,7 +7091,7 @@ pureftpd.TlsStream.receive_into = told
 
     def test_files_of_every_size(self):
         client = self.secured()
-        for size in (0, 1, 16383, 16384, 16385, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 19, 1 << 20):
+        for size in (0, 1, 16383, 16384, 16385, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 1 << 20, (1 << 20) + 1):
             data = os.urandom(size)
             self.assertEqual(self.store(client, "STOR x", data)[0], 226)
             self.assertEqual(self.content("x"), data)
