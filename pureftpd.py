@@ -3282,28 +3282,27 @@ class OwnFiles:
         self.ancestors: "set[tuple[int, int]]" = set()          # directories whose renaming would move an own file away
         self.names: "set[bytes]" = set()
         for path in directories:
-            self.closed.update(filter(None, map(self.inode, self.add(path))))
+            self.closed.update(self.add(path))
         for path in files:
-            for name in self.add(path):
-                inode = self.inode(name)
-                if inode is not None:
-                    self.files[inode] = name
+            self.files.update(self.add(path))
 
-    def add(self, path: bytes) -> "set[bytes]":
-        """Protect the place of `path`; what it is called there."""
-        names = {os.path.abspath(path), os.path.realpath(path)}
-        for name in names:
+    def add(self, path: bytes) -> "dict[tuple[int, int], bytes]":
+        """Protect the place of `path`; what is there, and its name."""
+        found = {}
+        for name in {os.path.abspath(path), os.path.realpath(path)}:
             above = name
             while above != os.path.dirname(above):
                 above = os.path.dirname(above)
-                self.ancestors.update(filter(None, [self.inode(above)]))
-            try:
-                st = os.stat(os.path.dirname(name))
-            except OSError:
-                continue
-            self.places.add((st.st_dev, st.st_ino, os.path.basename(name)))
-            self.names.add(os.path.basename(name))
-        return names
+                inode = self.inode(above)
+                if inode is not None:
+                    self.ancestors.add(inode)
+            directory, inode = self.inode(os.path.dirname(name)), self.inode(name)
+            if directory is not None:
+                self.places.add((*directory, os.path.basename(name)))
+                self.names.add(os.path.basename(name))
+            if inode is not None:
+                found[inode] = name
+        return found
 
     @staticmethod
     def inode(path: bytes) -> "tuple[int, int] | None":
@@ -3440,9 +3439,8 @@ class WalkedTree(Tree):
         return target
 
     def guard(self, st: os.stat_result, path: bytes) -> None:
-        if self.own is not None:
-            if self.own.has((st.st_dev, st.st_ino)):
-                raise permission_denied(path)
+        if self.own is not None and self.own.has((st.st_dev, st.st_ino)):
+            raise permission_denied(path)
 
     def guard_place(self, at: int, name: bytes, path: bytes) -> None:
         if self.own is not None and name in self.own.names:
@@ -6369,8 +6367,8 @@ def libssl_works(libssl: LibSSL) -> bool:
 HANDSHAKE_SECONDS = 30
 GOODBYE_SECONDS = 3.0               # for the other side's close_notify
 TLS_CHUNK = 1 << 18                 # bytes given to OpenSSL at once
-RECORD, RECORD_OVERHEAD = 16384, 22     # bytes of data in a record, and besides them
 TLS_GATHERED = 1 << 20              # the same, where records are gathered; measured: with half of it 5 to 10 % slower
+RECORD, RECORD_OVERHEAD = 16384, 22     # bytes of data in a record, and besides them
 TICKET_SECONDS = 7000               # a little less than OpenSSL's sessions live
 NAME_IN_CERTIFICATES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-._")
 

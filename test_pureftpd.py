@@ -6964,8 +6964,10 @@ pureftpd.TlsStream.empty = told
         self.put("x", data)
         code, _, got = self.fetch(client, "RETR x")
         self.assertEqual((code, got == data), (226, True))
-        pieces = [int(size) for size in re.findall(r"gathered: (\d+)", "\n".join(server.lines))]
-        self.assertGreater(min(pieces[:-1]), pureftpd.TLS_GATHERED - 65536, pieces)
+        def pieces():
+            return [int(size) for size in re.findall(r"gathered: (\d+)", "\n".join(server.lines))]
+        self.until(lambda: sum(pieces()) > len(data), "the last piece")
+        self.assertGreater(min(pieces()[:-1]), pureftpd.TLS_GATHERED - 65536, pieces())
 
     def test_whole_segments(self):
         stream = pureftpd.TlsStream.__new__(pureftpd.TlsStream)
@@ -7473,7 +7475,7 @@ print(size() - before)
         if not os.path.exists("/proc/self/statm"):
             self.skipTest("needs Linux's /proc")
         made = subprocess.run([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE, check=True)
-        self.assertLessEqual(int(made.stdout), 64)              # pages
+        self.assertLessEqual(int(made.stdout), 16)              # pages
 
 
 class TlsPrograms(TlsExam):
@@ -7909,6 +7911,15 @@ def proc_fds(pid):
         with contextlib.suppress(FileNotFoundError):
             found[int(fd)] = os.readlink("/proc/%d/fd/%s" % (pid, fd))
     return found
+
+
+def proc_fds_at_rest(pid):
+    """How many descriptors a process has: the least number in a tenth of a second, as some are there for a moment."""
+    numbers = []
+    for _ in range(20):
+        numbers.append(len(proc_fds(pid)))
+        select.select([], [], [], 0.005)
+    return min(numbers)
 
 
 def proc_limit(pid, name):
@@ -9076,7 +9087,7 @@ class ProcessReloads(ProcExam):
         certificate = TlsExam.make_certificate("reload", path=os.path.join(self.place, "reload.pem"))
         text = "TLS 1\nCertFile %s\n" % certificate
         server = self.configured(text)
-        before = len(proc_fds(server.process.pid))                  # with one that it has for a moment, perhaps
+        before = proc_fds_at_rest(server.process.pid)
         for _ in range(3):
             self.reload(server, text + "TLSBind 192.0.2.77,2990\n", "The old configuration stays")
         until(lambda: len(proc_fds(server.process.pid)) <= before, server)
@@ -9152,7 +9163,7 @@ class ProcessReloads(ProcExam):
             directory = tempfile.mkdtemp(dir=self.place)
             base = "Bind 127.0.0.1,0\nStateDir %s/state\nPIDFile %s/pid\nPureDB %s\n" % (directory, directory, self.users)
             server = self.configured(base, users=False, command=[*ProcessStarts.PLAIN, "-f", "stderr", "-H"])
-            before = server.titles(), len(proc_fds(server.pid))
+            before = server.titles(), proc_fds_at_rest(server.pid)
             for text, hint in ((base + "MaxClientsNumber many\n", "conf:5: .*many"),
                                ("\nNoSuchThing 1\n", "conf:2: NoSuchThing"),
                                (base + "Bind 127.0.0.1,%d\n" % taken.getsockname()[1], "another server has it"),
@@ -9164,7 +9175,7 @@ class ProcessReloads(ProcExam):
                     self.reload(server, text, "The old configuration stays: .*" + hint)
             os.unlink(self.config)
             self.reload(server, line="The old configuration stays: .*conf")
-            until(lambda: len(proc_fds(server.pid)) <= before[1], server)           # which had one for a moment, perhaps
+            until(lambda: len(proc_fds(server.pid)) <= before[1], server)
             self.assertEqual(server.titles(), before[0])
             self.assertEqual((self.enter(server).code("NOOP"), server.count("bug:")), (200, 0))
             self.reload(server, base)
@@ -9409,9 +9420,7 @@ class ProcessStarts(ProcExam):
         self.assertEqual(client.store("STOR f", b"content")[0], 226)
         self.assertEqual(client.fetch("LIST")[0], 226)
         wrong = self.visit(server)
-        self.assertEqual(wrong.code("USER alice"), 331)
-        wrong.send(b"PASS wrong\r\n")
-        server.wait_for("Authentication failed")
+        self.assertEqual((wrong.code("USER alice"), wrong.code("PASS wrong")), (331, 530))
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("was read again")
         server.process.terminate()
