@@ -7047,7 +7047,11 @@ class FileCommands(SessionLoop):
             raise Refuse(503, "First say RNFR")
         path = self.allowed(argument, write=True)
         source, self.renaming = self.renaming, None
-        lines = self.rename_file(source, path)
+        try:
+            lines = self.rename_file(source, path)
+        except OSError as error:
+            self.log.error("Failed RNTO %s: %s" % (printable(argument), error.strerror))
+            raise
         self.log.notice("Renamed [%s]->[%s]" % (printable(self.host_path(source)), printable(self.host_path(path))))
         self.event("rename", path=self.log_path(source), to=self.log_path(path))
         return 250, b"\n".join([*lines, b"Renamed"])
@@ -7619,7 +7623,11 @@ class Session(FileCommands):
             raise Refuse(550, "Anonymous users may not upload")
         self.disk_check()
         with self.quota.lock() as account:
-            upload = self.upload_begin(path, offset, append)
+            try:
+                upload = self.upload_begin(path, offset, append)
+            except Refuse as refusal:
+                self.log.error("Failed %s %s: %s" % ("APPE" if append else "STOR", printable(argument), refusal.args[1]))
+                raise
             self.upload_claim(upload, account)
             meter = account.meter(upload.fd, 0, 0) if upload.created else None
         try:

@@ -6140,6 +6140,23 @@ class Switches(Exam):
 class Faults(Exam):
     """What goes wrong, and what is left then."""
 
+    def test_what_the_disk_refuses_is_in_the_log(self):
+        if PROTOCOL_ORIGINAL:
+            self.skipTest("looks into our log")
+        os.chmod(self.make_dir("shut"), 0o500)
+        self.put("file")
+        client, daemon = self.client(), self.server()
+        for command, reason in (
+                ("CWD nowhere", "No such file or directory"), ("MKD shut", "File exists"), ("MKD shut/sub", "Permission denied"),
+                ("RMD nothing", "No such file or directory"), ("RETR nothing", "No such file or directory"),
+                ("STOR shut/new", "Permission denied"), ("APPE shut/new", "Permission denied"),
+                ("STOR nowhere/new", "No such file or directory"), ("STOR shut", "That is no regular file")):
+            with self.subTest(command):
+                self.assertGreaterEqual(client.fetch(command)[0], 550)
+                daemon.wait_for(r"\[%s\] Failed %s: %s$" % ("INFO" if command[:3] == "CWD" else "ERROR", command, reason))
+        self.assertEqual((client.code("RNFR file"), client.code("RNTO shut/file")), (350, 550))
+        daemon.wait_for(r"\[ERROR\] Failed RNTO shut/file: Permission denied$")
+
     def test_the_client_goes_away_during_a_transfer(self):
         if PROTOCOL_ORIGINAL:
             self.skipTest("looks into our log")
