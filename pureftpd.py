@@ -9247,7 +9247,7 @@ SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not m
 UNSENT_MAX = 4096                   # messages that may wait for SERVER to read
 UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
-NAME_SECONDS = 2                    # for the name of a client's address
+NAME_SECONDS = 2                    # for all that a login asks the name service
 
 
 class Privileges(NamedTuple):
@@ -9541,11 +9541,9 @@ def home_make(home: Home, account: Account, options: Any) -> None:
         os.close(fd)
 
 
-def unprivileged_answer(privileges: Privileges, question: "Callable[[], bytes]") -> bytes:
-    """What `question` returns in a process of its own that is nobody and holds nothing: name servers are strangers,
-    too.
-
-    b"" after NAME_SECONDS.
+def unprivileged_answer(privileges: Privileges, question: "Callable[[], Any]") -> bytes:
+    """What `question` yields within NAME_SECONDS, 4096 bytes and a little at most, in a process of its own that is nobody and
+    holds nothing: name servers are strangers, too.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -9555,31 +9553,31 @@ def unprivileged_answer(privileges: Privileges, question: "Callable[[], bytes]")
             close_others([writer])                      # the channels of others above all
             if privileges.root:
                 become(privileges.uid, privileges.gid, (privileges.gid,))
-            os.write(writer, question()[:4096])
+            for piece in question():
+                os.write(writer, piece)
         finally:
             os._exit(0)
     os.close(writer)
-    answer = os.read(reader, 4096)
+    answer = b""
+    while len(answer) < 4096 and (piece := os.read(reader, 4096)):
+        answer += piece
     os.close(reader)
     os.waitpid(pid, 0)
     return answer
 
 
-def names_of_network(options: Any, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
-    """What needs the name service: (the client's name unless -H, -P's rules with addresses for names)."""
-    host = peer.address
-    rules = []
-    if not options.dontresolve:
+def names_of_network(names: "list[str]", address: "str | None") -> Any:
+    """Ask the name service: yields a line with the IPv4 address of each of `names`, empty for none, then `address`'s name."""
+    for name in names:
         try:
-            host = socket.getnameinfo((peer.address, 0), socket.NI_NAMEREQD)[0]
+            yield b"%s\n" % str(socket.getaddrinfo(name.encode(), None, socket.AF_INET)[0][4][0]).encode("ascii")
+        except OSError:
+            yield b"\n"
+    if address is not None:
+        try:
+            yield socket.getnameinfo((address, 0), socket.NI_NAMEREQD)[0].encode("ascii", "replace")
         except OSError:
             pass
-    for network, name in options.forcepassiveip:
-        try:
-            rules.append((network, socket.getaddrinfo(name.encode(), None, socket.AF_INET)[0][4][0]))
-        except OSError:
-            pass
-    return host, tuple(rules)
 
 
 class Setup(NamedTuple):
@@ -9721,21 +9719,26 @@ def uploadpipe_or_none(setup: Setup) -> "UploadPipe | None":
 
 
 def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
-    """names_of_network(), asked where it can do no harm, and not at all where nothing has to be asked."""
+    """(The client's name unless -H, -P's rules with addresses for names), asked where it can do no harm, and only what has
+    to be asked. A rule whose name has no address is left out.
+    """
+    def dotted(text: str) -> bool:
+        return text.replace(".", "").isdigit()
+
     options = setup.options
-    literal = all(host.replace(".", "").isdigit() for _, host in options.forcepassiveip)
-    if options.dontresolve and literal:
+    addresses = {name: name for _, name in options.forcepassiveip if dotted(name)}
+    names = [name for _, name in options.forcepassiveip if not dotted(name)]
+    if options.dontresolve and not names:
         return peer.address, options.forcepassiveip
-
-    def question() -> bytes:
-        host, rules = names_of_network(options, peer)
-        wanted = [str(dict(rules).get(network, "")) for network, _ in options.forcepassiveip]
-        return "\n".join([host, *wanted]).encode("ascii", "replace")
-
-    host, *found = unprivileged_answer(setup.privileges, question).decode("ascii", "replace").split("\n")
+    *found, host = unprivileged_answer(setup.privileges, lambda: names_of_network(
+        names, None if options.dontresolve else peer.address)).decode("ascii", "replace").split("\n")
+    addresses.update((name, address) for name, address in zip(names, found) if dotted(address))
+    for name in names:
+        if name not in addresses:
+            setup.log.warning("ForcePassiveIP (-P): %s has no IPv4 address now, PASV tells another address" % name)
     clean = "".join(c for c in host if c.isalnum() or c in ".-_:%")[:255]
-    addresses = found + [""] * (len(options.forcepassiveip) - len(found))
-    return clean or peer.address, tuple((rule[0], address) for rule, address in zip(options.forcepassiveip, addresses) if address)
+    rules = tuple((network, addresses[name]) for network, name in options.forcepassiveip if name in addresses)
+    return clean or peer.address, rules
 
 
 def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":

@@ -4352,6 +4352,48 @@ def deadline_socket(sock):
     return sock
 
 
+class NamesOfNetwork(unittest.TestCase):
+    """What a login asks the name service, which answers these tests as they like."""
+
+    RULES = ((None, "203.0.113.7"), (None, "ftp.example"), (None, "gone.example"))
+
+    def ask(self, rules, by_name=None, by_address=None, dontresolve=False):
+        """(host, rules, lines of the log)"""
+        lines = []
+        setup = mock.Mock(options=mock.Mock(forcepassiveip=rules, dontresolve=dontresolve),
+                          privileges=pureftpd.Privileges(False, os.getuid(), os.getgid(), "me"))
+        setup.log.warning = lines.append
+
+        def hang(*_):
+            signal.pause()
+
+        with mock.patch.object(socket, "getaddrinfo", by_name or hang), mock.patch.object(socket, "getnameinfo", by_address or hang), \
+                mock.patch.object(pureftpd, "NAME_SECONDS", 1):
+            return (*pureftpd.names_needed(setup, Peer("192.0.2.1", 4000, "10.0.0.1", 21)), lines)
+
+    @staticmethod
+    def by_name(name, *_):
+        if name == b"gone.example":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("198.51.100.%d" % len(name), 0))]
+
+    def test_what_is_asked(self):
+        host, rules, lines = self.ask(self.RULES, self.by_name, lambda *_: ("client.example", "0"))
+        self.assertEqual((host, rules), ("client.example", ((None, "203.0.113.7"), (None, "198.51.100.11"))))
+        self.assertEqual(lines, ["ForcePassiveIP (-P): gone.example has no IPv4 address now, PASV tells another address"])
+
+    def test_nothing_is_asked_for_addresses_under_dont_resolve(self):
+        self.assertEqual(self.ask(self.RULES[:1], dontresolve=True), ("192.0.2.1", self.RULES[:1], []))
+
+    def test_a_name_server_for_clients_that_is_silent_loses_no_address_for_pasv(self):
+        host, rules, lines = self.ask(self.RULES[:2], self.by_name)
+        self.assertEqual((host, rules, lines), ("192.0.2.1", ((None, "203.0.113.7"), (None, "198.51.100.11")), []))
+
+    def test_a_name_that_is_never_answered_loses_no_address_of_others(self):
+        host, rules, lines = self.ask((*self.RULES[1:], self.RULES[0]))
+        self.assertEqual((host, rules, len(lines)), ("192.0.2.1", ((None, "203.0.113.7"),), 2))
+
+
 class ExamDaemon:
     """A whole server on a port of its own, and the lines of its log."""
 
