@@ -4513,8 +4513,6 @@ class QuotaAccount:
 
     def hold(self, fd: int) -> bool:
         """Take a file for an upload, until its meter is settled or `fd` closed; False when another session does."""
-        if not self.quota.limited:
-            return True
         import fcntl
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7214,6 +7212,8 @@ class Upload(NamedTuple):
     offset: int                     # where writing begins
     before: int                     # bytes the file had
     created: bool                   # whether there was none
+    stamp: int                      # st_mtime_ns of a file that was created
+    append: bool                    # APPE: writing begins wherever the file ends then
 
 
 class Session(FileCommands):
@@ -7629,7 +7629,7 @@ class Session(FileCommands):
                 self.log.error("Failed %s %s: %s" % ("APPE" if append else "STOR", printable(argument), refusal.args[1]))
                 raise
             self.upload_claim(upload, account)
-            meter = account.meter(upload.fd, 0, 0) if upload.created else None
+            meter = account.meter(upload.fd, 0, 0) if upload.created and self.quota.limited else None
         try:
             return self.receive_whole(upload, meter, begin)
         finally:
@@ -7658,7 +7658,8 @@ class Session(FileCommands):
             fd = self.tree.open(working, flags, self.file_mode())
         except OSError as error:
             raise Refuse(OS_ERROR_REPLIES.get(error.errno or 0, 553), error.strerror or "It cannot be written") from None
-        return Upload(path, working, fd, offset, size if working == path else 0, created)
+        stamp = os.fstat(fd).st_mtime_ns if created else 0
+        return Upload(path, working, fd, offset, size if working == path else 0, created, stamp, append)
 
     def lstat_or_none(self, path: bytes) -> "os.stat_result | None":
         try:
@@ -7687,8 +7688,9 @@ class Session(FileCommands):
         """The data connection's part of an upload, and what comes of it."""
 
         def move(stream: Stream) -> None:
-            nonlocal meter
-            meter = meter or self.upload_start(upload)
+            nonlocal upload, meter
+            if meter is None:
+                upload, meter = self.upload_start(upload)
             self.scoreboard(SCOREBOARD_UPLOAD, upload.path, 0, upload.offset)
             if self.negotiated.binary:
                 stream.receive_file(upload.fd, meter.room)
@@ -7713,27 +7715,38 @@ class Session(FileCommands):
         return 226, b"\n".join([*lines, b"File stored", rate_text(stream.moved, stream.seconds()).encode()])
 
     def upload_claim(self, upload: Upload, account: QuotaAccount) -> None:
-        """Charge the new name, and keep other sessions from writing the same file.
+        """Charge the new name. Of accounts with a quota, and of anonymous users, no two sessions write the same file.
 
         Raises Refuse, leaving nothing behind.
         """
         try:
-            if not account.hold(upload.fd):
+            if (self.quota.limited or self.account.anonymous) and not account.hold(upload.fd):
                 raise Refuse(450, "Another session is writing this file")
-            account.claim(1 if upload.created else 0, upload.before - upload.offset)
+            try:
+                self.upload_check(os.fstat(upload.fd), False)           # who held it until now may have filled it
+                account.claim(1 if upload.created else 0, upload.before - upload.offset)
+            except Refuse:
+                if upload.created:
+                    self.tree.unlink(upload.working)
+                raise
         except Refuse:
-            if upload.created:
-                self.tree.unlink(upload.working)
             os.close(upload.fd)
             raise
 
-    def upload_start(self, upload: Upload) -> QuotaMeter:
-        """The data connection to a file that was there stands: what was in it from the offset on goes."""
+    def upload_start(self, upload: Upload) -> "tuple[Upload, QuotaMeter]":
+        """The data connection stands: what is in the file from the offset on goes.
+
+        That is looked up anew: while the client was waited for, other sessions may have written the file. Raises Refuse.
+        """
         with self.quota.lock() as account:
-            if upload.before > upload.offset:
-                os.ftruncate(upload.fd, upload.offset)
-            os.lseek(upload.fd, upload.offset, os.SEEK_SET)
-            return account.meter(upload.fd, upload.before, upload.offset)
+            before = os.fstat(upload.fd).st_size
+            offset = before if upload.append else upload.offset
+            if offset > before:
+                raise Refuse(451, "The file has %d bytes only by now" % before)
+            if not upload.append:
+                os.ftruncate(upload.fd, offset)                         # discard() of others sees by it that we were here
+            os.lseek(upload.fd, offset, os.SEEK_SET)
+            return upload._replace(offset=offset, before=before), account.meter(upload.fd, before, offset)
 
     def upload_end(self, upload: Upload, meter: "QuotaMeter | None", began: bool, failure: "tuple[int, str] | None"
                    ) -> "tuple[list[bytes], tuple[int, str] | None]":
@@ -7746,12 +7759,16 @@ class Session(FileCommands):
             try:
                 if over_quota:
                     os.ftruncate(upload.fd, upload.offset)          # what was there before stays, as far as it does
-                if discard:
-                    self.discard(upload, account)
-                elif upload.working != upload.path:
+                if not discard and upload.working != upload.path:
+                    discard = True                                  # unless this succeeds:
                     self.publish(upload, account)
-            except OSError as error:
-                failure = os_error_reply(error)
+                    discard = False
+            except (Refuse, OSError) as error:
+                failure = error.args if isinstance(error, Refuse) else os_error_reply(error)
+            if discard:
+                failure = self.discard(upload, account, began) or failure
+            if meter is None and not upload.created:
+                meter = QuotaMeter(self.quota, upload.fd, upload.before, upload.before)     # it may have been deleted
             if meter is not None:
                 meter.settle(account)
         return self.account_lines(account), failure
@@ -7762,21 +7779,27 @@ class Session(FileCommands):
         """
         return failure is None or failure[0] != 552 and upload.working == upload.path
 
-    def discard(self, upload: Upload, account: QuotaAccount) -> None:
-        """Remove what was begun, unless another session of the account has given its name to another file meanwhile."""
+    def discard(self, upload: Upload, account: QuotaAccount, began: bool) -> "tuple[int, str] | None":
+        """Remove what was begun: the reply to a failure, None otherwise.
+
+        Not when another session has given its name to another file meanwhile, or before anything came has written this one.
+        """
         try:
-            ours = os.path.samestat(self.tree.lstat(upload.working), os.fstat(upload.fd))
+            named, st = self.tree.lstat(upload.working), os.fstat(upload.fd)
+            if os.path.samestat(named, st) and (began or (st.st_size, st.st_mtime_ns) == (0, upload.stamp)):
+                self.tree.unlink(upload.working)
+                account.charge(-1, 0)
         except FileNotFoundError:
-            return
-        if ours:
-            self.tree.unlink(upload.working)
-            account.charge(-1, 0)
+            pass
+        except OSError as error:
+            return os_error_reply(error)
+        return None
 
     def publish(self, upload: Upload, account: QuotaAccount) -> None:
-        """-0: the complete upload takes the place of the old file."""
+        """-0: the complete upload takes the place of the old file. Raises Refuse, OSError."""
         try:
             replaced = account.counted(upload.path)
-            self.tree.lstat(upload.path)
+            self.upload_check(self.tree.lstat(upload.path), False)
             self.tree.rename(upload.working, upload.path)
             account.charge(-1, -replaced)
         except FileNotFoundError:

@@ -6179,6 +6179,124 @@ class Switches(Exam):
         self.assertEqual(pureftpd.puredb_find(database, b"nobody there"), None)
 
 
+class TwoUploads(Exam):
+    """Two sessions and one name: the first has said STOR and does not come, the second uploads meanwhile."""
+
+    PATCHES = """
+transfer = pureftpd.Session.transfer
+def told(self, *rest):
+    self.log.notice("waits for its data")
+    return transfer(self, *rest)
+pureftpd.Session.transfer = told
+"""
+
+    def server(self, *switches, patches=PATCHES):
+        return super().server(*switches, patches=patches)
+
+    def client(self, *switches, user="alice", patches=PATCHES):
+        return super().client(*switches, user=user, patches=patches)
+
+    def waiting(self, command, *switches, user="alice", offset=0):
+        """(client, the port where its data is waited for)."""
+        client = self.client(*switches, user=user)
+        port = int(re.search(rb"\|(\d+)\|", client.say("EPSV")[1]).group(1))
+        self.assertEqual(client.code("REST %d" % offset), 350)
+        self.server(*switches).lines.clear()
+        client.send(command.encode() + b"\r\n")
+        self.server(*switches).wait_for("waits for its data")
+        return client, port
+
+    def come(self, client, port, content):
+        with deadline_socket(socket.create_connection(("127.0.0.1", port), EXAM_SECONDS)) as data:
+            code = client.reply()[0]
+            if code != 150:
+                return code
+            data.sendall(content)
+        return client.reply()[0]
+
+    def setUp(self):
+        super().setUp()
+        if PROTOCOL_ORIGINAL:
+            self.skipTest("it leaves what the faster one has written")
+
+    def test_who_never_came_removes_nothing_of_others(self):
+        for content in (b"complete", b""):
+            for end in ("ABOR", "close"):
+                with self.subTest(end, content=content):
+                    first, _ = self.waiting("STOR file")
+                    self.assertEqual(self.client().store("STOR file", content)[0], 226)
+                    if end == "ABOR":
+                        first.code("ABOR")
+                    first.close()
+                    self.server().wait_for("Logout")
+                    self.assertEqual(self.client().fetch("RETR file")[::2], (226, content))
+                    self.assertEqual(self.client().code("DELE file"), 250)
+
+    def test_who_never_came_leaves_nothing_behind(self):
+        first, _ = self.waiting("STOR file")
+        self.assertEqual(os.listdir(self.home), ["file"])
+        self.assertEqual(first.code("ABOR"), 426, first.exchange())
+        self.assertEqual(os.listdir(self.home), [])
+
+    def test_the_last_that_begins_wins(self):
+        first, port = self.waiting("STOR file")
+        self.assertEqual(self.client().store("STOR file", b"second and longer")[0], 226)
+        self.assertEqual(self.come(first, port, b"first"), 226, first.exchange())
+        self.assertEqual(self.content("file"), b"first")
+
+    def test_appending_goes_where_the_file_ends_then(self):
+        self.put("file", b"old,")
+        first, port = self.waiting("APPE file")
+        self.assertEqual(self.client().store("APPE file", b"second,")[0], 226)
+        self.assertEqual(self.come(first, port, b"first,"), 226, first.exchange())
+        self.assertEqual(self.content("file"), b"old,second,first,")
+
+    def test_a_file_that_got_too_short_to_go_on_with(self):
+        self.put("file", b"0123456789")
+        first, port = self.waiting("STOR file", offset=5)
+        self.assertEqual(self.client().store("STOR file", b"abc")[0], 226)
+        with deadline_socket(socket.create_connection(("127.0.0.1", port), EXAM_SECONDS)):
+            self.assertEqual([first.reply()[0], first.reply()[0]], [150, 451], first.exchange())
+        self.assertEqual(self.content("file"), b"abc")
+
+    @unittest.skipUnless(ROOT, "needs root")
+    def test_anonymous_users_overwrite_nothing_of_each_other(self):
+        for switches in ((), ("-0",)):
+            with self.subTest(switches):
+                first, port = self.waiting("STOR file", *switches, user="ftp")
+                other = self.client(*switches, user="ftp")
+                code = other.store("STOR file", b"honest")[0]
+                self.assertEqual(code, 226 if switches else 450, other.exchange())
+                self.assertEqual(self.come(first, port, b"bad"), 550 if switches else 226, first.exchange())
+                self.assertEqual(self.content("file", self.ftp), b"honest" if switches else b"bad")
+                self.assertEqual(os.listdir(self.ftp), ["file"])
+                self.refresh()
+
+    def test_a_file_that_is_deleted_meanwhile_is_given_back(self):
+        for command in ("DELE file", "RNTO file"):
+            with self.subTest(command):
+                second = self.client(user="quota")
+                self.assertEqual(second.store("STOR file", bytes(3000))[0], 226)
+                self.assertEqual(second.store("STOR other", bytes(10))[0], 226)
+                first, _ = self.waiting("STOR file", user="quota")
+                self.assertEqual(second.code("RNFR other"), 350)
+                self.assertEqual(second.code(command), 250)
+                self.assertEqual(first.code("ABOR"), 426, first.exchange())
+                self.assertEqual(self.content(".ftpquota", os.path.join(self.place, "quota")).split(), [b"1", b"10"])
+                self.refresh()
+
+    def test_a_file_that_cannot_take_its_name_leaves_nothing_behind(self):
+        client = self.client("-0", user="quota")
+        with client.passive() as data:
+            self.assertEqual(client.code("STOR file"), 150)
+            data.sendall(bytes(3000))
+            self.assertEqual(self.client("-0", user="quota").code("MKD file"), 257)
+        self.assertEqual(client.reply()[0], 553, client.exchange())
+        home = os.path.join(self.place, "quota")
+        self.assertEqual(sorted(os.listdir(home)), [".ftpquota", "file"])
+        self.assertEqual(self.content(".ftpquota", home).split(), [b"1", b"0"])
+
+
 class Faults(Exam):
     """What goes wrong, and what is left then."""
 
