@@ -374,8 +374,9 @@ VALUE = r'([^"].*)'                                     # the rest of the line; 
 WORD = r'"([^"\s]+)"|([^"\s]\S*)'                       # one word, for which quotes are understood
 TWO_FILES = r'(?:"([^"]+)"|([^"\s]\S*))\s+(?:"([^"]+)"|([^"\s]\S*))'
 SPACED = r"(\d+)\s+(\d+)"
-SPACED_OR_ONE = r"(\d+)(?:\s+(\d+))?"
-COLON = r"(\d+:\d+)"
+# Compat: a blank or a colon for both, as in the files of Debian's conf/; the original's parser takes one or the other
+SPACED_OR_ONE = r"(\d+)(?:(?:\s+|:)(\d+))?"
+COLON = r"(\d+)(?::|\s+)(\d+)"
 
 
 class Directive(NamedTuple):
@@ -993,7 +994,7 @@ def option_directives(row: Option) -> tuple:
     """The Directive with which the configuration file spells `row`; () for what only switches know."""
     if isinstance(row.directive, tuple):
         return row.directive
-    spaced = row.arg.replace(":", " ") if r"\s" in row.directive and row.directive != WORD else row.arg
+    spaced = row.arg.replace(":", " ") if row.directive in (SPACED, SPACED_OR_ONE) else row.arg
     return (Directive(row.name, spaced, row.directive),) if row.directive else ()
 
 
@@ -1160,7 +1161,8 @@ def options_check(options: Options):
 
 # ==== Log =========================================================================================
 # One line per event: `(user@host) [LEVEL] text`, to syslog by its socket, or to stderr. The socket is connected
-# before any chroot and shared by all processes: a datagram is a line, so lines never mix. Nothing here waits: what
+# before any chroot and shared by all processes: a datagram is a line, so lines never mix. When syslogd is started again PRIV
+# connects anew before its next fork, and sends SERVER the new socket; sessions that run are silent then. Nothing here waits: what
 # syslogd does not take at once is dropped, and the next line that gets through tells how many were lost. Every text
 # is made printable here, so that no name a client sends can forge a line.
 
@@ -1187,6 +1189,17 @@ def log_text(text: str) -> str:
                    for c in text)
 
 
+def syslogd_there() -> Any:
+    """(path, what is another one's when syslogd has been started again) of its socket; None when there is none."""
+    for path in SYSLOG_SOCKETS:
+        try:
+            st = os.stat(path)
+        except OSError:
+            continue
+        return path, st.st_dev, st.st_ino, st.st_ctime_ns
+    return None
+
+
 class Log:
     """Where one process writes its lines, and the `(user@host)` that it puts before them."""
 
@@ -1194,21 +1207,30 @@ class Log:
         self.facility, self.with_pid, self.verbose = facility, with_pid, verbose
         self.who = ""                                   # "user@host", "?@host"; "" for the server itself
         self.lost = 0                                   # lines that syslogd did not take
-        self.socket: "socket.socket | None" = None
-        if facility not in ("none", "stderr"):
-            self.socket = self.connected()
+        self.socket: "socket.socket | None" = None      # None: no syslogd listens, and stderr serves instead
+        self.syslogd: Any = None                        # whose socket that is, see syslogd_there()
+        self.reconnect()
 
-    @staticmethod
-    def connected() -> "socket.socket | None":
-        """A socket to syslogd; None where none listens, and stderr serves instead."""
-        for path in SYSLOG_SOCKETS:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                sock.connect(path)
-                return sock
-            except OSError:
-                sock.close()
-        return None
+    def reconnect(self) -> bool:
+        """Connect to the syslogd there is, for a process that sees the system's own directories: whether it is another one."""
+        there = syslogd_there() if self.facility not in ("none", "stderr") else None
+        if there is None or there == self.syslogd:
+            return False
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            sock.connect(there[0])
+        except OSError:
+            sock.close()
+            return False
+        self.adopt(sock)
+        self.syslogd = there
+        return True
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Write to that socket from now on."""
+        if self.socket is not None:
+            self.socket.close()
+        self.socket = sock
 
     @property
     def silent(self) -> bool:
@@ -1219,7 +1241,6 @@ class Log:
         if self.facility == "none":
             return
         who = f"({self.who}) " if self.who else ""
-        text = text.replace(") [", ")\\x20[")           # no name in it shall look like another line to fail2ban
         # What a client says must not look like the beginning of a line to fail2ban, whose filters search: "x@HOST)
         # [WARNING] ..."
         line = log_text(f"{who}[{level}] " + text.replace(") [", ")\\x20["))
@@ -2035,6 +2056,11 @@ def address_text(text: str) -> str:
     return plain[7:] if plain.startswith("::ffff:") and "." in plain else plain
 
 
+def address_scoped(name: "tuple[Any, ...]") -> str:
+    """The address in what getsockname(2) returns, a link-local one with its interface: bind(2) wants to know that, too."""
+    return "%s%%%d" % (name[0], name[3]) if len(name) == 4 and name[3] else str(name[0])
+
+
 def address_parse(text: str) -> Any:
     """The ipaddress object of a socket's address, as address_text shows it. Raises ValueError."""
     import ipaddress
@@ -2073,31 +2099,34 @@ def host_addresses(name: str, version: int) -> "list[str]":
     return [str(entry[4][0]) for entry in found if entry[0] == family]
 
 
-def access_matches(address: Any, rule: str, unresolved: bool, log: Any) -> bool:
-    """Whether one item of a list (see access_allows) is about `address`; `unresolved` for a name without an answer.
+def access_named(address: Any, name: str, unresolved: bool, log: Any) -> bool:
+    """Whether a host's name is that of `address`; `unresolved` for a name without an answer.
 
-    Raises ValueError when the item is malformed. IPv4 items never match IPv6 addresses, nor the other way round.
-    Compat: of a host name all addresses count, where the original looks at the first one only.
+    Compat: all its addresses count, where the original looks at the first one only.
     """
-    network = network_parse(rule)
-    if network is not None:
-        return address in network
     try:
-        return any(address_parse(a) == address for a in host_addresses(rule, address.version))
+        return any(address_parse(a) == address for a in host_addresses(name, address.version))
     except OSError as error:
-        log.warning(f"access rule: cannot resolve [{rule}]: {error}")
+        log.warning(f"access rule: cannot resolve [{name}]: {error}")
         return unresolved
 
 
 def access_listed(address: Any, rules: str, unresolved: bool, log: Any) -> bool:
-    """Whether `address` is in the comma-separated list `rules`. Raises ValueError that names a malformed item."""
-    listed = False
+    """Whether `address` is in the comma-separated list `rules`. Raises ValueError that names a malformed item.
+
+    IPv4 items never match IPv6 addresses, nor the other way round. Names are asked for when nothing else has matched.
+    """
+    networks, names = [], []
     for rule in filter(None, (item.strip() for item in rules.split(","))):
         try:
-            listed = access_matches(address, rule, unresolved, log) or listed
+            network = network_parse(rule)
         except ValueError as error:
             raise ValueError(f"malformed access rule [{rule}]: {error}") from None
-    return listed
+        if network is not None:
+            networks.append(network)
+        else:
+            names.append(rule)
+    return any(address in network for network in networks) or any(access_named(address, n, unresolved, log) for n in names)
 
 
 def access_allows(address: str, allow: str, deny: str, log: Any) -> bool:
@@ -2796,10 +2825,11 @@ def anonymous_user() -> Any:
 #   GRANTED            SERVER -> PRIV        it may, or it may not; later, when it has to wait
 #   OUTCOME            PRIV -> SERVER        how that try ended: a VERDICT_*
 #   JOINED             PRIV -> SERVER        a client that came in through the SERVER before, which drains; its address
+#   NEWLOG             PRIV -> SERVER        + a socket to the syslogd that was started again
 #   (on the relay)     TLS -> session        a length and the TLS session of that many bytes, before what the client says
 
 (LOGIN, STARTTLS, VERDICT, ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY, ENDED, DRAIN, STOP, CONSULT, GRANTED, OUTCOME, REOPENLOG,
- JOINED) = range(1, 15)
+ JOINED, NEWLOG) = range(1, 16)
 ANSWER_FD, ANSWER_ERROR, ANSWER_REMOVEFTPWHOENTRY = range(32, 35)
 MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limit is less than half of it
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
@@ -4671,8 +4701,9 @@ class Transfer(NamedTuple):
 class TransferLog:
     """One open log."""
 
-    def __init__(self, fd: int, form: str, path: str, log: Any) -> None:
+    def __init__(self, fd: int, form: str, path: str, log: Any, index: int = 0) -> None:
         self.fd, self.form, self.path, self.log = fd, form, path, log
+        self.index = index                              # its place in options.altlog, whether or not the others could be opened
         self.failed = False
 
     def write(self, lines: bytes, if_empty: bool = False) -> None:
@@ -4714,9 +4745,9 @@ class TransferLog:
 def transferlogs_open(altlog: "tuple[tuple[str, str], ...]", log: Any) -> "list[TransferLog]":
     """The logs of options.altlog, in its order, without those that cannot be opened (`log` is told why)."""
     logs = []
-    for form, path in altlog:
+    for index, (form, path) in enumerate(altlog):
         try:
-            logs.append(TransferLog(transferlog_open(path), form, path, log))
+            logs.append(TransferLog(transferlog_open(path), form, path, log, index))
         except OSError as error:
             log.error(f"transfer log {path}: {error.strerror}")
         else:
@@ -4919,6 +4950,20 @@ def statedir_prepare(statedir: str) -> None:
         os.close(directory)
 
 
+def statedir_empty(statedir: str) -> str:
+    """The empty directory in which processes are caged, made with StateDir where it is missing: cleaners of old files, and
+    the end of a login, remove what they think nobody needs. Raises ConfigError.
+    """
+    empty = os.path.join(statedir, "empty")
+    if not os.path.isdir(empty):
+        statedir_prepare(statedir)
+        try:
+            os.makedirs(empty, 0o755, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{empty}: {error.strerror}") from None
+    return empty
+
+
 def statedir_open(statedir: str, reading: bool = False) -> int:
     """A descriptor of the checked directory. Raises ConfigError: missing, a link, writable by others, not ours.
 
@@ -4991,7 +5036,7 @@ def sockaddr_pack(address: str, port: int) -> bytes:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         packed = socket.inet_pton(family, host)
-        scope = socket.if_nametoindex(zone) if zone else 0
+        scope = int(zone) if zone.isdigit() else socket.if_nametoindex(zone) if zone else 0
     except OSError:
         return b""
     head = struct.pack("=H", family) + struct.pack("!H", port)
@@ -5655,6 +5700,7 @@ def os_error_reply(error: OSError) -> "tuple[int, str]":
 # Attention is how a session waits: always for its own matter and for the control connection (ABOR, STAT), PRIV (end
 # of the server) and the clock. Nothing else in a session blocks on a client.
 
+POLL_MAX = (1 << 31) - 1            # milliseconds that poll(2) takes: 24 days, -I may be longer
 CONNECT_SECONDS = 30                # for an active data connection, as 1.0.54
 STOP_SECONDS = 10                   # grace for running transfers when the server stops
 # for a passive one. Compat: the original waits for the idle time and then ends the session
@@ -5689,7 +5735,7 @@ class Attention:
 
     def poll(self, seconds: float) -> "list[tuple[int, int]]":
         """What happened within `seconds`, after the control connection and PRIV have been looked after."""
-        events = self.poller.poll(max(0, int(seconds * 1000 + 0.999)))
+        events = self.poller.poll(max(0, min(int(seconds * 1000 + 0.999), POLL_MAX)))
         return [event for event in events if not self.looked_after(event[0])]
 
     def looked_after(self, fd: int) -> bool:
@@ -5745,8 +5791,9 @@ class Attention:
             if self.stop_at is not None:
                 raise Hangup(421, "The server is shutting down, goodbye")
             self.listen(True)
-            events = self.poller.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not events:
+            left = deadline - time.monotonic()
+            events = self.poller.poll(max(0, min(int(left * 1000 + 0.999), POLL_MAX)))
+            if not events and left * 1000 < POLL_MAX:
                 raise TimedOut()
             for fd, _ in events:
                 self.looked_after(fd)
@@ -5964,8 +6011,11 @@ class Full(Exception):
     """The quota is used up: what was granted has been written."""
 
 
+SHORTER = (451, "The file became shorter while it was sent")
+
+
 class Stream:
-    """A data connection in the clear. Methods raise DataLost, TimedOut, Aborted, Hangup; OSError is the file's."""
+    """A data connection in the clear. Methods raise DataLost, TimedOut, Aborted, Hangup; OSError and Refuse are the file's."""
 
     spliced = splice is not None                # whether uploads may go through a pipe
 
@@ -6044,7 +6094,7 @@ class Stream:
             rest = rest[count:]
 
     def send_file(self, fd: int, offset: int, end: int) -> None:
-        """Send the bytes of `fd` from `offset` to `end`, less where the file has become shorter."""
+        """Send the bytes of `fd` from `offset` to `end`. Raises Refuse where the file has become shorter."""
         target = self.sock.fileno()
         while offset < end:
             most = min(self.allowance(), end - offset, SEND_AT_ONCE)
@@ -6056,13 +6106,13 @@ class Stream:
             except (ConnectionError, TimeoutError) as error:
                 raise DataLost(error.strerror or "closed by the client") from None
             if not count:
-                break
+                raise Refuse(*SHORTER)
             offset += count
             self.account(count)
             self.attention.check_abort()
 
-    def send_text(self, fd: int, offset: int) -> None:
-        """Send `fd` from `offset` on with CR LF at the end of each line.
+    def send_text(self, fd: int, offset: int, end: int) -> None:
+        """Send `fd` from `offset` on with CR LF at the end of each line. Raises Refuse where it ends before `end`.
 
         Compat: CR LF stays; the original makes CR CR LF.
         """
@@ -6070,6 +6120,7 @@ class Stream:
         carried = b""                                   # a CR at the end of a block: what follows decides
         while True:
             block = os.read(fd, BLOCK_SIZE)
+            offset += len(block)
             data = carried + block
             carried = b"\r" if block and data[-1:] == b"\r" else b""
             if carried:
@@ -6077,6 +6128,8 @@ class Stream:
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n")
             self.send(data.replace(b"\n", b"\r\n"))
+            if not block and offset < end:
+                raise Refuse(*SHORTER)
             if not block:
                 return
 
@@ -6444,9 +6497,9 @@ class TlsStream(Stream):
         self.outbox: "Outbox | None" = None             # while a large file is sent
         self.ended: "Exception | None" = None           # why nothing more can be received
         self.told_end = False                           # the client has said that it has sent everything
-        self.sock: Any = tls.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False,
-                                                 suppress_ragged_eofs=False)
+        self.sock: Any = sock
         try:
+            self.sock = tls.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
             self.patiently(self.sock.do_handshake)
         except BaseException as error:
             self.sock.close()
@@ -6542,7 +6595,7 @@ class TlsStream(Stream):
             most = min(end - offset, len(buffer) if self.outbox is None else self.whole_segments())
             count = os.preadv(fd, [buffer[:most]], offset)
             if not count:
-                return
+                raise Refuse(*SHORTER)
             self.send(buffer[:count])
             offset += count
             self.attention.check_abort()
@@ -6741,9 +6794,9 @@ class SessionLoop(Conversation):
         logs, now = self.entry.transferlogs or [], time.monotonic()
         if logs and now > self.logs_due and self.attention.channel_fd >= 0:
             self.logs_due = now + LOGS_SECONDS
-            for index, log in enumerate(logs):
+            for log in logs:
                 try:
-                    kind, fds = self.attention.ask(PLAIN.pack(REOPENLOG, index))
+                    kind, fds = self.attention.ask(PLAIN.pack(REOPENLOG, log.index))
                     if kind == ANSWER_FD and fds:
                         transferlog_renew(log, fds[0])
                 except (OSError, MessageError):
@@ -6963,7 +7016,6 @@ class FileCommands(SessionLoop):
         if self.account.anonymous and not self.options.anonymouscancreatedirs:
             raise Refuse(550, "Anonymous users may not create directories")
         path = self.allowed(argument, write=True)
-        self.disk_check()
         lines = self.make_directory(path)
         self.cwd_failures = 0
         self.event("mkdir", path=self.log_path(path))
@@ -7153,6 +7205,7 @@ class FileCommands(SessionLoop):
             if words and words[0].isdigit():
                 raise Refuse(552, "So much does not fit on any disk")
             raise Refuse(501, "ALLO takes a number of bytes")
+        self.disk_check()
         disk = self.tree.disk()
         if size > disk.f_bavail * disk.f_frsize or not self.quota_has_room(size):
             raise Refuse(552, "There is not enough room for that")
@@ -7339,14 +7392,14 @@ class Session(FileCommands):
         """RFC 2428 section 3."""
         self.refuse_passive()
         wanted = argument.strip().upper()
+        here = b"2" if ":" in address_normal(self.entry.peer.local_address) else b"1"
+        if self.options.brokenclientscompatibility and here == b"1":
+            raise Refuse(500, "Use PASV")
         if wanted == b"ALL":
             self.extended_only = True
             return 220, "Only EPSV from now on"
-        here = b"2" if self.port.family == socket.AF_INET6 else b"1"
         if wanted not in (b"", here):
             raise Refuse(522, "Network protocol not supported here, use (%s)" % here.decode())
-        if self.options.brokenclientscompatibility and here == b"1":
-            raise Refuse(500, "Use PASV")
         return 229, "Entering Extended Passive Mode (|||%d|)" % self.port.listen()
 
     @command("PORT", missing=(501, "PORT takes six numbers"), idle=True)
@@ -7441,6 +7494,7 @@ class Session(FileCommands):
 
         Compat: 451 after an upload (dostor).
         """
+        self.offset = 0
         if self.upload_aborted:
             self.upload_aborted = False
             return 451, "What had come is kept"
@@ -7456,7 +7510,7 @@ class Session(FileCommands):
 
         Everything that can go wrong is told here, once, for all commands. Only a Hangup before the first byte passes.
         """
-        stream = None
+        stream, self.offset = None, 0                   # REST is for the next transfer, and that is any
         try:
             sock = self.port.connect(self.bind_data_port)
             try:
@@ -7550,7 +7604,7 @@ class Session(FileCommands):
             if self.negotiated.binary:
                 stream.send_file(fd, offset, size)
             else:
-                stream.send_text(fd, offset)
+                stream.send_text(fd, offset, size)
             stream.finish_sending()
 
         begin = "Here it comes"
@@ -7671,9 +7725,11 @@ class Session(FileCommands):
 
     def upload_check(self, st: os.stat_result, fresh: bool) -> None:
         """Raise Refuse when what is there may not be replaced (`fresh`: it will not be). Links are not followed."""
+        if fresh:
+            return
         if not stat.S_ISREG(st.st_mode):
             raise Refuse(553, "That is no regular file")
-        if self.account.anonymous and st.st_size and not fresh:
+        if self.account.anonymous and st.st_size:
             raise Refuse(550, "Anonymous users may not overwrite files")
 
     def free_name(self, path: bytes) -> bytes:
@@ -8153,19 +8209,20 @@ class Greeting:
             if ratio:
                 notes.append("%s: for %d downloaded bytes, upload %d" % (who, ratio[1], ratio[0]))
         minutes, seconds = divmod(int(options.maxidletime), 60)
-        notes.append("You will be disconnected after %s of inactivity" % (
-            "%d minutes" % minutes if options.maxidletime >= 120 else "%d seconds" % (minutes * 60 + seconds)))
         self.notes = notes
+        self.idle = "You will be disconnected after %s of inactivity" % (
+            "%d minutes" % minutes if options.maxidletime >= 120 else "%d seconds" % (minutes * 60 + seconds))
         self.fortunes = fortunes_read(options.fortunesfile) if options.fortunesfile else []
 
     def text(self, number: int, port: int) -> "str | bytes":
         """What 220 says to client `number` on `port`."""
         if self.fortunes:
-            return self.fortunes[int.from_bytes(os.urandom(4), "big") % len(self.fortunes)]
+            fortune = self.fortunes[int.from_bytes(os.urandom(4), "big") % len(self.fortunes)]
+            return b"\n".join([fortune, *(note.encode() for note in self.notes)])
         tls = " with TLS" if self.options.tls else ""
         count = ["You are user number %d of %d allowed" % (number, self.options.maxclientsnumber)] if number else []
         return "\n".join([f"---------- Welcome to pureftpd.py [privsep]{tls} ----------", *count,
-                          "Local time is now %s, server port %d" % (time.strftime("%H:%M"), port), *self.notes])
+                          "Local time is now %s, server port %d" % (time.strftime("%H:%M"), port), *self.notes, self.idle])
 
 
 def fortunes_read(path: str) -> "list[bytes]":
@@ -8180,7 +8237,7 @@ def fortunes_read(path: str) -> "list[bytes]":
     except OSError as error:
         raise ConfigError(f"-F {path}: {error.strerror}") from None
     lines = [text.rstrip(b"%\n").strip(b"\n").split(b"\n") for text in texts]
-    found = [b"\n".join(line.translate(CONTROL_TO_UNDERSCORE) for line in text) for text in lines if any(text)]
+    found = [b"\n".join(line.expandtabs().translate(CONTROL_TO_UNDERSCORE) for line in text) for text in lines if any(text)]
     if not found:
         raise ConfigError(f"-F {path}: there is no text in it")
     return found
@@ -8316,7 +8373,7 @@ class Server:
             local = sock.getsockname()
         except OSError:
             local = ("", 0)
-        visitor = Visitor(self, sock, Peer(host, address[1], local[0], local[1]), self.options, self.log)
+        visitor = Visitor(self, sock, Peer(host, address[1], address_scoped(local), local[1]), self.options, self.log)
         self.adopt(visitor)
         self.log.who = "?@" + host
         self.log.info("New connection from " + host)
@@ -8467,8 +8524,8 @@ class Server:
                 self.checking[visitor.id] = visitor
                 wipe(message, password)
                 return
-            except BlockingIOError:
-                wait = 0.05                                 # PRIV has its hands full
+            except OSError:
+                wait = 0.05                                 # PRIV has its hands full, or there are too many sockets on the way
                 if user:
                     self.defender.withdrawn(visitor.peer.address)
         self.at(now + wait, lambda: self.attend(visitor, self.begin_login, visitor, user, password))
@@ -8496,7 +8553,7 @@ class Server:
         try:
             socket.send_fds(self.channel, [starttls_message(self.last_id, visitor.negotiated)], [visitor.sock.fileno()],
                             socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except OSError:
             raise Hangup() from None
         self.gone_on(visitor, self.last_id)
 
@@ -8531,10 +8588,13 @@ class Server:
     def on_channel(self, channel: socket.socket) -> None:
         """A message from PRIV or a login child. Its end, or nonsense, is our end."""
         try:
-            message = channel.recv(MESSAGE_MAX, socket.MSG_DONTWAIT)
+            channel.setblocking(False)
+            message, fds = message_receive(channel, 1)
             if not message:
                 self.running = False
                 return
+            if fds:
+                self.log.adopt(socket.socket(fileno=fds[0]))
             handler = SERVER_MESSAGES.get(message[0])
             if handler is None:
                 raise MessageError("unknown message %d" % message[0])
@@ -8624,6 +8684,10 @@ class Server:
         else:
             self.defender.withdrawn(address)
 
+    def on_newlog(self, message: bytes) -> None:
+        """syslogd was started again; the descriptor that came with it has been taken."""
+        plain_parse(message)
+
     def on_drain(self, message: bytes) -> None:
         """Another SERVER has taken over the listening sockets: stay for those who are here."""
         plain_parse(message)
@@ -8647,6 +8711,7 @@ SERVER_MESSAGES = {
     CONSULT: Server.on_consult,
     OUTCOME: Server.on_outcome,
     DRAIN: Server.on_drain,
+    NEWLOG: Server.on_newlog,
     STOP: Server.on_stop,
 }
 
@@ -8937,6 +9002,9 @@ def certificate_make(options: Any, log: Log) -> None:
                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if made.returncode:
             raise ConfigError("--tlsselfsigned: openssl failed: " + made.stderr.decode("utf-8", "replace").strip()[-200:])
+        for path in (certificate + ".crt", *([] if "-key" in own_key else [key + ".new"])):
+            if not os.path.getsize(path):               # openssl(1) does not say so
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if key == certificate:                          # both in one file, which appears when it is complete
             with open(key + ".new", "ab") as file, open(certificate + ".crt", "rb") as fresh:
                 file.write(fresh.read())
@@ -9269,6 +9337,7 @@ LOGIN_EXIT = 10                     # exit status of a login child that let nobo
 SERVER_RESTART_SECONDS = 1.0        # a SERVER that dies is started again, not more often than this
 UNSENT_MAX = 4096                   # messages that may wait for SERVER to read
 UNSENT_SECONDS = 0.05               # after which a message is tried again for which a channel had no room
+KILLS_MAX = 5                       # how often, a second apart, those are killed that do not end with the server
 SERVER_QUICK_ENDS = 5               # that often in a row at once: it cannot run here
 NAME_SECONDS = 2                    # for all that a login asks the name service
 
@@ -9443,6 +9512,7 @@ def cage(privileges: Privileges, empty: bytes, log: Log) -> None:
     """
     import resource
     missing = []
+    statedir_empty(os.fsdecode(os.path.dirname(empty)))
     if privileges.root:
         if not confine(empty):
             missing.append("chroot")
@@ -9521,7 +9591,7 @@ def root_kill(privileges: Privileges, pid: int) -> None:
     with as_root(privileges):
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):       # it has ended; or there is no CAP_KILL in this container
             pass
 
 
@@ -9553,15 +9623,37 @@ def home_make(home: Home, account: Account, options: Any) -> None:
     path = home.root.rstrip(b"/") + home.start if home.locked else home.start
     if os.path.isdir(path):
         return
-    os.makedirs(os.path.dirname(path.rstrip(b"/")), 0o755, exist_ok=True)
-    os.mkdir(path, 0o700)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    *parents, name = filter(None, path.split(b"/"))
+    directory = os.open(b"/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for parent in parents:
+            outer, directory = directory, directory_enter(directory, parent, 0o755)
+            os.close(outer)
+        fd = directory_enter(directory, name, 0o700)
+    finally:
+        os.close(directory)
     try:
         if not os.geteuid():
             os.fchown(fd, account.uid, account.gid)
         os.fchmod(fd, 0o777 & ~options.umask[1])
     finally:
         os.close(fd)
+
+
+def directory_enter(outer: int, name: bytes, mode: int) -> int:
+    """A descriptor of a directory in another one, made if there is none. OSError.
+
+    A link is followed where nobody but root (or ourselves) could have made it: users own directories above others' homes.
+    """
+    try:
+        os.mkdir(name, mode, dir_fd=outer)
+        if not os.geteuid():
+            os.chown(name, 0, 0, dir_fd=outer, follow_symlinks=False)
+    except FileExistsError:
+        pass
+    st = os.fstat(outer)
+    ours = st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o022
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if ours else os.O_NOFOLLOW), dir_fd=outer)
 
 
 def unprivileged_answer(privileges: Privileges, question: "Callable[[], Any]") -> bytes:
@@ -9649,29 +9741,29 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
     log, privileges = setup.log, setup.privileges
     log.who = "?@" + check.peer.address
     signal.alarm(LOGIN_CHECK_SECONDS)
-    entry, verdict = None, VERDICT_BROKEN
+    entry, verdict, shown = None, VERDICT_BROKEN, ""
     try:
         privsep_priv_user(privileges)
         request = login_parse(check.message)
         if request.negotiated.sni:
             check = check._replace(peer=check.peer._replace(sni=request.negotiated.sni.decode("ascii", "replace")))
-        shown = printable(request.user) or "anonymous"
+        shown = printable(request.user)
         try:
             account = login_account(setup, request, check.peer)
             wipe(request.password)
         except Refused as refusal:
-            log.warning("Authentication failed for user [%s] [%s]" % (shown, refusal))
+            log.warning("Authentication failed for user [%s] [%s]" % (shown or "anonymous", refusal))
             refusal_event(setup, request, check.peer, str(refusal))
             verdict = VERDICT_WRONG
         else:
             entry = enter(setup, check, account, request, channel)
             verdict = VERDICT_IN
     except Overcrowded as error:
-        log.warning("Login refused for user [%s] [%s]" % (shown, error))
+        log.warning("Login refused for user [%s] [%s]" % (shown or "anonymous", error))
         refusal_event(setup, request, check.peer, str(error))
         verdict = VERDICT_LIMIT
     except (BackendBroken, ConfigError, MessageError, OSError) as error:
-        log.error("Login not possible: %s" % error)
+        log.error("Login not possible for user [%s]: %s" % (shown or "anonymous", error))
     except Exception:
         log.error("bug: " + traceback_text())
     wipe(check.message)
@@ -9679,8 +9771,8 @@ def login_child(setup: Setup, check: Check, channel: socket.socket) -> None:
         check.asker.send(NUMBERED.pack(VERDICT, check.number, verdict))
     except OSError:
         pass                                                # who asked is gone; PRIV learns the verdict all the same
-    if entry is None:
-        os._exit(LOGIN_EXIT + verdict)
+    if entry is None:                                       # anonymous users have guessed nothing
+        os._exit(LOGIN_EXIT + (verdict if shown else VERDICT_BROKEN))
     os.close(check.asker.fileno())
     signal.alarm(0)
     channel.send(PLAIN.pack(ADMITTED, 0))
@@ -9716,6 +9808,7 @@ def enter(setup: Setup, check: Check, account: Account, request: LoginRequest, c
     host, rules = names_needed(setup, peer)
     users = options.peruserlimits or (None, None)
     limit = account.max_sessions if account.max_sessions is not None else users[account.anonymous]
+    statedir_empty(setup.statedir)
     board = scoreboard_claim(setup.statedir, os.getpid(), peer)
     if not scoreboard_admit(setup.statedir, board, account.name, limit):
         raise Overcrowded("%d sessions of this account are open already" % (limit or 0))
@@ -9767,7 +9860,7 @@ def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
 def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
     """Lock this process into the home, become the user, stand where the session starts: (its files, where its / is).
 
-    Raises ConfigError, OSError before anything is given up; afterwards only for a start that the user cannot enter.
+    Raises ConfigError, OSError before anything is given up; afterwards ConfigError for a start that the user cannot enter.
     """
     privileges, log = setup.privileges, setup.log
     walked = home.locked
@@ -9791,13 +9884,13 @@ def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
         confined = home.locked and landlock_confine(top)
         if home.locked and not confined:
             log.notice("No Landlock here: %s is confined by walking its paths alone" % printable(account.name))
-    try:
-        tree.change_directory(home.start)
-    except OSError:
-        if not home.locked:
-            raise
-        tree.change_directory(b"/")
-    return tree, root
+    for start in (home.start, b"/") if home.locked else (home.start,):
+        try:
+            tree.change_directory(start)
+            return tree, root
+        except OSError as error:
+            reason = error.strerror
+    raise ConfigError(f"the home {printable(root + home.start)} of {printable(account.name)}: {reason}")
 
 
 def control_prepare(control: socket.socket) -> None:
@@ -9833,7 +9926,7 @@ def defaults_without_root(options: Any) -> None:
     Raises ConfigError.
     """
     if not options.bind:
-        options.bind = (("127.0.0.1", None),)
+        options.bind = (("::1" if options.ipv6only else "127.0.0.1", None),)
     if not options.login:
         if options.noanonymous:
             raise ConfigError("-E: nobody can log in: without root, accounts need -l puredb:FILE (see: pureftpd.py pw)")
@@ -9899,13 +9992,14 @@ def listeners_renew(options: Any, old: "list[Listener]") -> "list[Listener]":
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         return old or systemd_listeners()
     before = {listener[:3]: listener for listener in old}
+    named = any(":" in (host or "") for host, _ in (*options.bind, *options.tlsbind))       # IPv6 is asked for
     listeners: "list[Listener]" = []
     for family, address, implicit in listening_addresses(options):
         there = before.get((family, address, implicit))
         try:
             listeners.append(there or Listener(family, address, implicit, listener_open(family, address, options)))
         except OSError as error:
-            if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            if family == socket.AF_INET6 and not named and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                 continue                                    # a machine without IPv6
             for listener in listeners:
                 if listener not in old:
@@ -9925,10 +10019,15 @@ LISTEN_REMEDIES = {
 
 def systemd_listeners() -> "list[Listener]":
     """The sockets that systemd listens on for us (sd_listen_fds(3))."""
-    count = int(os.environ.get("LISTEN_FDS", "0"))
-    sockets = [socket.socket(fileno=fd) for fd in range(SYSTEMD_FIRST_FD, SYSTEMD_FIRST_FD + count)]
+    count = os.environ.get("LISTEN_FDS", "0")
+    try:
+        sockets = [socket.socket(fileno=fd) for fd in range(SYSTEMD_FIRST_FD, SYSTEMD_FIRST_FD + int(count))]
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"LISTEN_FDS {count}: {getattr(error, 'strerror', None) or error}") from None
     for sock in sockets:
         os.set_inheritable(sock.fileno(), False)
+        if sock.family not in (socket.AF_INET, socket.AF_INET6):
+            raise ConfigError("LISTEN_FDS: a socket that systemd hands over must be of TCP: ListenStream= with a port")
     if not sockets:
         raise ConfigError("LISTEN_FDS is 0: systemd handed no socket over")
     return [Listener(sock.family, sock.getsockname(), False, sock) for sock in sockets]
@@ -9965,20 +10064,16 @@ def setup_read(options: Any, log: Log, privileges: Privileges, old: "Setup | Non
     if old and options.statedir != old.statedir:
         raise ConfigError("--statedir: the directory in use cannot be changed; restart the server")
     statedir_prepare(options.statedir)
-    empty = os.path.join(options.statedir, "empty")
-    try:
-        os.makedirs(empty, 0o755, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{empty}: {error.strerror}") from None
+    empty = statedir_empty(options.statedir)
     if not options.anonymousonly:
         authentication_preload(options, log)
     for transferlog in transferlogs_open(options.altlog, log):          # sessions open them; what is wrong is told now
         os.close(transferlog.fd)
-    certificates = certificates_read(options, log, old.certificates if old else None)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()
-    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases_read(ALIASES_FILE),
-                 Greeting(options), certificates, own, anonymous)
+    greeting, aliases = Greeting(options), aliases_read(ALIASES_FILE)
+    certificates = certificates_read(options, log, old.certificates if old else None)   # last: nobody would close them
+    return Setup(options, log, privileges, options.statedir, os.fsencode(empty), aliases, greeting, certificates, own, anonymous)
 
 
 def certificates_read(options: Any, log: Log, before: "Certificates | None") -> "Certificates | None":
@@ -10043,7 +10138,7 @@ class Monitor:
         self.consultations = 0
         self.waiting: "deque[tuple[Check, Child]]" = deque()    # logins for which there is no child yet
         self.unsent: "deque[tuple[Child, bytes]]" = deque()     # messages for which there was no room
-        self.checks = 0                                         # children that check credentials now
+        self.checking: "dict[int, float]" = {}                  # children that check credentials now: until when (monotonic)
         self.server: "Child | None" = None                      # the SERVER that accepts; others drain
         self.generation = 0
         self.server_started = 0.0
@@ -10051,6 +10146,7 @@ class Monitor:
         self.quick_ends = 0                                     # times in a row that SERVER ended right after its start
         self.status = 0                                         # the daemon's exit status
         self.stop_at: "float | None" = None                     # when those that are left will be killed
+        self.kills = 0                                          # how often they were
         self.selector = selectors.DefaultSelector()
         self.directory = os.getcwd()                        # what relative names of the command line are relative to
 
@@ -10066,7 +10162,7 @@ class Monitor:
             self.on_time(time.monotonic())
 
     def pause(self) -> "float | None":
-        due = [when for when in (self.restart_at, self.stop_at) if when is not None]
+        due = [when for when in (self.restart_at, self.stop_at, *self.checking.values()) if when is not None]
         if self.unsent:
             due.append(time.monotonic() + UNSENT_SECONDS)
         return max(0.0, min(due) - time.monotonic()) if due else None
@@ -10077,10 +10173,16 @@ class Monitor:
         if self.restart_at is not None and now >= self.restart_at:
             self.restart_at = None
             self.start_server()
+        for pid in [pid for pid, until in self.checking.items() if now >= until]:
+            self.give_up(self.children[pid])
         if self.stop_at is not None and now >= self.stop_at:
             self.stop_at = now + 1.0
+            self.kills += 1
             for child in self.children.values():
                 root_kill(self.setup.privileges, child.pid)
+            if self.kills > KILLS_MAX:
+                self.setup.log.error("%d processes cannot be ended: is there a disk that does not answer?" % len(self.children))
+                self.children.clear()
 
     # -- signals -------------------------------------------------------------------------------------
 
@@ -10101,7 +10203,7 @@ class Monitor:
             self.stop()                                     # first: SERVER may have got the signal, too
         if signal.SIGCHLD in numbers:
             self.reap()
-        if signal.SIGHUP in numbers and self.stop_at is None:
+        if signal.SIGHUP in numbers and self.stop_at is None and self.inetd is None:
             self.reload()
 
     def stop(self) -> None:
@@ -10159,6 +10261,7 @@ class Monitor:
         """
         if state != STATE_SERVER and len(self.children) > 2 * self.setup.options.maxclientsnumber + LOGIN_CHECKS:
             raise OSError(errno.EAGAIN, "there are more processes than -c can explain")
+        self.renew_log()
         ours, theirs = channel_pair()
         try:
             pid = os.fork()
@@ -10182,6 +10285,18 @@ class Monitor:
         self.children[pid] = child
         self.selector.register(ours, selectors.EVENT_READ, lambda _: self.on_message(child))
         return child
+
+    def renew_log(self) -> None:
+        """Follow a syslogd that was started again, and have SERVER follow."""
+        if not self.setup.log.reconnect():
+            return
+        assert self.setup.log.socket is not None
+        for child in self.children.values():
+            if child.state == STATE_SERVER:
+                try:
+                    socket.send_fds(child.channel, [PLAIN.pack(NEWLOG, 0)], [self.setup.log.socket.fileno()])
+                except OSError:
+                    pass                                    # it has ended, or reads nothing: the next one is forked with it
 
     def start_server(self) -> None:
         """A SERVER that knows the sessions there are, and accepts from now on; those before it stay for their
@@ -10248,6 +10363,8 @@ class Monitor:
 
     def gone(self, child: Child, status: int) -> None:
         """Clean up behind a child, and tell who counts on it."""
+        while self.stop_at is None and self.on_message(child):
+            pass                                            # what it said before it ended
         self.drop_channel(child)
         child.forget_tls()
         if os.WIFSIGNALED(status) and self.stop_at is None:
@@ -10257,7 +10374,7 @@ class Monitor:
         if child.state == STATE_LOGIN:
             verdict = os.WEXITSTATUS(status) - LOGIN_EXIT if os.WIFEXITED(status) else VERDICT_BROKEN
             self.consulted(child, verdict)
-            self.check_done()
+            self.check_done(child)
         ended = NUMBERED.pack(ENDED, child.number, 0)
         if child.asker is not None and child.asker.state == STATE_TLS:
             if child.state == STATE_LOGIN:
@@ -10294,22 +10411,25 @@ class Monitor:
 
     # -- messages ------------------------------------------------------------------------------------
 
-    def on_message(self, child: Child) -> None:
-        """One message of a child; anything that is not in MONITOR_ANSWERS for its state closes the channel."""
+    def on_message(self, child: Child) -> bool:
+        """One message of a child; anything that is not in MONITOR_ANSWERS for its state closes the channel.
+
+        Whether there was one.
+        """
         fds: "list[int]" = []
         if child.channel.fileno() < 0:
-            return                                          # closed in this very round
+            return False                                    # closed in this very round
         try:
             message, fds = message_receive(child.channel, 1)
             if not message:
                 self.drop_channel(child)
-                return
+                return False
             answer = MONITOR_ANSWERS.get((child.state, message[0]))
             if answer is None:
                 raise MessageError("message %d is not for a %s process to send" % (message[0], child.state))
             answer(self, child, message, fds)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:                        # it ended without reading our last answer
             self.drop_channel(child)
         except (MessageError, OSError, ValueError) as error:
@@ -10321,6 +10441,7 @@ class Monitor:
         finally:
             for fd in fds:                                  # those that nobody took, or asked for
                 os.close(fd)
+        return True
 
     def on_login(self, child: Child, message: bytes, fds: "list[int]") -> None:
         """SERVER or TLS has credentials to be checked."""
@@ -10378,16 +10499,16 @@ class Monitor:
 
     def next_check(self) -> None:
         """Fork children for those who wait, as many as may be at work at once."""
-        while self.waiting and self.checks < LOGIN_CHECKS:
+        while self.waiting and len(self.checking) < LOGIN_CHECKS:
             check, asker = self.waiting.popleft()
             begun = False
             try:
                 if asker.channel.fileno() >= 0 and asker.tls is check.tls:      # or it is in already
-                    child = self.fork(STATE_LOGIN, self.checking(check),
+                    child = self.fork(STATE_LOGIN, self.check_by(check),
                                       number=check.number, peer=check.peer, asker=asker, altlog=self.setup.options.altlog)
                     child.consultation, begun = check.consultation, True
                     self.introduce(child)
-                    self.checks += 1
+                    self.checking[child.pid] = time.monotonic() + LOGIN_CHECK_SECONDS + 2
             except OSError as error:
                 self.setup.log.error("cannot fork: %s" % error.strerror)
                 self.tell(asker, NUMBERED.pack(VERDICT, check.number, VERDICT_BROKEN))
@@ -10403,15 +10524,25 @@ class Monitor:
                 and child.asker is not self.server:
             self.tell(self.server, addressed_message(JOINED, child.number, child.peer.address))
 
-    def checking(self, check: Check) -> "Callable[[socket.socket], None]":
+    def check_by(self, check: Check) -> "Callable[[socket.socket], None]":
         def run(channel: socket.socket) -> None:
             self.forget_secrets(check.tls)
             login_child(self.setup, check, channel)
         return run
 
-    def check_done(self) -> None:
-        self.checks -= 1
-        self.next_check()
+    def check_done(self, child: Child) -> None:
+        if self.checking.pop(child.pid, None) is not None:
+            self.next_check()
+
+    def give_up(self, child: Child) -> None:
+        """A login child has not even heard its alarm clock: the kernel waits for a disk. Others shall not wait for it, too."""
+        assert child.peer is not None and child.asker is not None
+        self.setup.log.error("A login from %s does not end, nor can it be ended now: is there a home, a database or a log on a "
+                             "disk that does not answer?" % child.peer.address)
+        root_kill(self.setup.privileges, child.pid)
+        self.tell(child.asker, NUMBERED.pack(VERDICT, child.number, VERDICT_BROKEN))
+        self.consulted(child, VERDICT_BROKEN)
+        self.check_done(child)
 
     def on_admitted(self, child: Child, message: bytes, fds: "list[int]") -> None:
         plain_parse(message)
@@ -10419,14 +10550,12 @@ class Monitor:
         self.consulted(child, VERDICT_IN)
         if child.asker is not None:
             child.asker.forget_tls()                        # both of its processes have it
-        self.check_done()
+        self.check_done(child)
 
     def on_starttls(self, child: Child, message: bytes, fds: "list[int]") -> None:
         """A client of SERVER wants TLS: it gets a process, and an SSLContext, of its own."""
         number, negotiated = starttls_parse(message)
-        if self.setup.certificates is None:
-            raise MessageError("STARTTLS without TLS")
-        if not fds:                                         # or we have no room for it
+        if not fds or self.setup.certificates is None:      # no room for it, or TLS is off since a SIGHUP
             self.tell(child, NUMBERED.pack(ENDED, number, 0))
             return
         client = fds.pop()
@@ -10497,6 +10626,7 @@ class Monitor:
     def reload(self) -> None:
         """SIGHUP: options and listening sockets anew for those who come; a mistake in them keeps the old ones."""
         log = self.setup.log
+        self.renew_log()
         notify_systemd("RELOADING=1\nMONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         try:
             with as_root(self.setup.privileges):
@@ -10505,6 +10635,8 @@ class Monitor:
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
                 try:
                     listeners = listeners_renew(options, self.listeners)
+                    if options.uploadscript and not self.setup.options.uploadscript:
+                        uploadpipe_create(options.statedir)             # ours is kept open till we end
                 except (ConfigError, OSError):
                     if setup.certificates is not None:
                         setup.certificates.close()
@@ -10521,6 +10653,7 @@ class Monitor:
     def renew(self, setup: Setup, listeners: "list[Listener]") -> None:
         """Serve those who come by `setup`, on `listeners`; those who are here stay with what they have."""
         before = self.setup
+        setup.log.with_pid, setup.log.verbose = setup.options.logpid, setup.options.verboselog
         for listener in self.listeners:
             if listener not in listeners:
                 listener.sock.close()
@@ -10559,7 +10692,7 @@ def peer_of(fd: int) -> "Peer | None":
         return None
     finally:
         sock.detach()
-    return Peer(address_normal(there[0]), there[1], here[0], here[1])
+    return Peer(address_normal(there[0]), there[1], address_scoped(here), here[1])
 
 
 def notify_systemd(state: str) -> None:
@@ -10570,7 +10703,7 @@ def notify_systemd(state: str) -> None:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect("\0" + path[1:] if path[:1] == "@" else path)
-            sock.send(state.encode())
+            sock.send(state.encode(), socket.MSG_DONTWAIT)
     except OSError:
         pass
 
@@ -11997,7 +12130,10 @@ def tool_uploadscript(argv: "list[str]") -> int:
     except ConfigError as error:
         print(f"pure-uploadscript: {error}", file=sys.stderr)
     finally:
-        os.unlink(plan.pidfile)
+        try:
+            os.unlink(plan.pidfile)
+        except FileNotFoundError:
+            pass
     return 255
 
 # ==== authd: pure-authd ===========================================================================
@@ -12386,6 +12522,9 @@ def inetd_client() -> "socket.socket | None":
         sock.getpeername()
     except OSError:
         return None
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):    # ssh(1) and others give programs such a stdin
+        sock.close()
+        return None
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -12442,7 +12581,8 @@ def announce(setup: Setup, listeners: "list[Listener]") -> None:
               "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -f ./passwd -F ./users.pdb -m, "
               "then -l puredb:./users.pdb\n"
               "All options: --help    Stop: Ctrl-C" % (
-                  printable(setup.anonymous_root), "read-only" if options.anonymouscantupload else "with uploads",
+                  printable(setup.anonymous_root), "with uploads" if not options.anonymouscantupload else
+                  "read-only" if not options.anonymouscancreatedirs else "with new directories",
                   host, port, "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port), port), flush=True)
 
 
@@ -12464,7 +12604,10 @@ def serve_forever(argv: "list[str]", options: Any) -> int:
     pidfile = os.path.abspath(pidfile)                  # -B leaves the directory that it is relative to
     title_area_prepare(PROGRAM)
     descriptors_raise()
+    activated = os.environ.get("LISTEN_PID") == str(os.getpid())
     ready = background() if options.daemonize and not inetd else None
+    if activated:
+        os.environ["LISTEN_PID"] = str(os.getpid())         # SIGHUP wants to know it again
     if not inetd:
         pidfile_write(pidfile)
     try:
@@ -12487,8 +12630,12 @@ def privsep_init(setup: Setup, argv: "list[str]", listeners: "list[Listener]", i
     import resource
     del fcntl, grp, pwd, resource                   # loaded here, before the first fork, once for all children
     if setup.privileges.root:
-        os.setgroups([setup.privileges.gid])
-        os.setegid(setup.privileges.gid)
+        try:
+            os.setgroups([setup.privileges.gid])
+            os.setegid(setup.privileges.gid)
+        except OSError as error:
+            raise ConfigError("root cannot give up its groups here (%s): give the container the capability SETGID, or start "
+                              "as an ordinary user" % error.strerror) from None
     give_up_for_all(setup.log)
     monitor = Monitor(setup, argv, listeners, inetd)
     if ready is not None:
@@ -12528,11 +12675,21 @@ def tool_run(tool: str, argv: "list[str]") -> int:
     return TOOLS[tool](argv)
 
 
+def descriptors_complete() -> None:
+    """Whoever starts us without 0, 1 or 2 would find our sockets there, and log lines in them."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 3:
+        os.set_inheritable(fd, True)
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
 def main(argv: "list[str]") -> int:
     """The program: a tool when it is called by a tool's name or with one as its first word, else the daemon.
 
     The exit status.
     """
+    descriptors_complete()
     called = os.path.basename(argv[0])
     if called.startswith("pure-") and called[5:] in TOOLS:
         return tool_run(called[5:], argv[1:])
