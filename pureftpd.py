@@ -2061,6 +2061,12 @@ def address_scoped(name: "tuple[Any, ...]") -> str:
     return "%s%%%d" % (name[0], name[3]) if len(name) == 4 and name[3] else str(name[0])
 
 
+def address_to_bind(address: str, port: int) -> "tuple[Any, ...]":
+    """What socket.bind() takes for what address_scoped() returned."""
+    host, _, scope = address.partition("%")
+    return (host, port, 0, int(scope)) if scope else (host, port)
+
+
 def address_parse(text: str) -> Any:
     """The ipaddress object of a socket's address, as address_text shows it. Raises ValueError."""
     import ipaddress
@@ -5873,7 +5879,7 @@ class DataPort:
             sock = socket.socket(self.family, socket.SOCK_STREAM)
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind((self.peer.local_address, port))
+                sock.bind(address_to_bind(self.peer.local_address, port))
                 self.prepare(sock)
                 sock.listen(8)
             except OSError as error:
@@ -7460,7 +7466,7 @@ class Session(FileCommands):
                 pass                                    # PRIV is gone: any port must do
         sock = socket.socket(family, socket.SOCK_STREAM)
         if family == self.port.family:
-            sock.bind((self.entry.peer.local_address, 0))
+            sock.bind(address_to_bind(self.entry.peer.local_address, 0))
         return sock
 
     @command("PRET", idle=True, feat="PRET", help=False)
@@ -9561,7 +9567,7 @@ def root_bind_data_port(privileges: Privileges, local: str, family: int) -> "soc
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind((host, port))
+                sock.bind(address_to_bind(host, port))
                 return sock
             except OSError:
                 sock.close()

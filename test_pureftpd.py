@@ -6158,6 +6158,21 @@ class Switches(Exam):
                 self.assertEqual(client.code("ALLO 20480"), 552 if code == 552 else 200)
                 self.assertEqual(client.code("ALLO 20481"), 552)
 
+    def test_idle_time_that_poll_cannot_wait_for(self):
+        self.put("file", b"content")
+        client = self.client("-I", "50000")
+        self.assertEqual(client.code("NOOP"), 200)
+        self.assertEqual(client.fetch("RETR file")[2], b"content")
+
+    def test_extended_passive_mode_for_broken_clients(self):
+        self.talk("EPSV -> 500\nEPSV ALL -> 500\nEPSV 2 -> 500\nPASV -> 227", "-b")
+
+    def test_the_name_of_a_directory_is_taken_under_autorename(self):
+        self.make_dir("name")
+        client = self.client("-r")
+        self.assertEqual(client.store("STOR name", b"content")[0], 226)
+        self.assertEqual(self.content("name.1"), b"content")
+
     def test_idle_time(self):
         idle, busy = self.client(), self.client()
         for client in (idle, busy):
@@ -6325,6 +6340,45 @@ pureftpd.Session.transfer = told
         home = os.path.join(self.place, "quota")
         self.assertEqual(sorted(os.listdir(home)), [".ftpquota", "file"])
         self.assertEqual(self.content(".ftpquota", home).split(), [b"1", b"0"])
+
+
+class Homes(unittest.TestCase):
+    """What -j makes."""
+
+    def setUp(self):
+        self.place = os.fsencode(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.place)
+        os.chmod(self.place, 0o755)
+
+    def make(self, root, start):
+        home = pureftpd.Home(self.place + root, start, True, False)
+        pureftpd.home_make(home, mock.Mock(uid=EXAM_UID, gid=EXAM_UID), mock.Mock(umask=(0o022, 0o022)))
+
+    def owner(self, path):
+        st = os.stat(self.place + path)
+        return stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid
+
+    def test_missing_parents_are_the_servers(self):
+        os.symlink(b"there", self.place + b"/link")
+        os.mkdir(self.place + b"/there", 0o755)
+        self.make(b"/link/a/b/home", b"/in/side")
+        user = (EXAM_UID, EXAM_UID) if ROOT else (os.geteuid(), os.getegid())
+        self.assertEqual(self.owner(b"/there/a/b/home/in/side"), (0o755, *user))
+        for path in (b"/there/a", b"/there/a/b", b"/there/a/b/home/in"):
+            self.assertEqual(self.owner(path), (0o755, os.geteuid(), 0 if ROOT else os.getegid()))
+
+    @unittest.skipUnless(ROOT, "needs root")
+    def test_no_link_of_a_user_is_followed(self):
+        for path in (b"/secret", b"/home"):
+            os.mkdir(self.place + path, 0o700)
+        os.chown(self.place + b"/home", EXAM_UID, EXAM_UID)
+        os.symlink(self.place + b"/secret", self.place + b"/home/link")
+        with self.assertRaises(OSError):
+            self.make(b"/home", b"/link/new")
+        os.symlink(self.place + b"/secret/new", self.place + b"/home/last")
+        with self.assertRaises(OSError):
+            self.make(b"/home", b"/last")
+        self.assertEqual(os.listdir(self.place + b"/secret"), [])
 
 
 class Faults(Exam):
@@ -9510,7 +9564,7 @@ pureftpd.announce = said
     def test_a_statedir_that_was_cleaned_away(self):
         server = self.live()
         for _ in range(2):
-            shutil.rmtree(server.state)
+            os.rename(server.state, tempfile.mktemp(dir=self.place))
             client = self.enter(server)
             self.assertEqual(len(server.entries()), 1)
             self.assertEqual(stat.S_IMODE(os.stat(server.state).st_mode), 0o700)
@@ -9520,16 +9574,12 @@ pureftpd.announce = said
     @unittest.skipUnless(OPENSSL, "needs openssl(1)")
     def test_tls_and_a_statedir_that_was_cleaned_away(self):
         server = self.live("-Y", "1", "-2", TlsExam.make_certificate("gone", path=os.path.join(self.place, "gone.pem")))
-        shutil.rmtree(server.state)
-        self.assertEqual(self.tls_client(server).code("USER alice"), 331)
-
-    def tls_client(self, server, client=None):
-        client = client or TlsClient(server.connect())
+        os.rename(server.state, tempfile.mktemp(dir=self.place))
+        client = TlsClient(server.connect())
         self.addCleanup(client.close)
-        if not client.history:
-            client.reply()
+        client.reply()
         client.secure()
-        return client
+        self.assertEqual(client.login(), 230)
 
     def test_a_login_that_hears_no_alarm_clock(self):
         """As one that waits for a disk: nobody else waits for it, and it does not count as one that is checked."""
@@ -9552,17 +9602,22 @@ pureftpd.LOGIN_CHECK_SECONDS, pureftpd.LOGIN_CHECKS = -1.5, 1
     def test_visitors_that_begin_tls_at_a_new_configuration(self):
         certificate = TlsExam.make_certificate("begin", path=os.path.join(self.place, "begin.pem"))
         server = self.live("-Y", "1", "-2", certificate)
-        for _ in range(4):
-            clients = [TlsClient(server.connect()) for _ in range(3)]
-            for client in clients:
-                self.addCleanup(client.close)
-                client.reply()
-            before = server.count("was read again")
-            server.process.send_signal(signal.SIGHUP)
-            until(lambda: server.count("was read again") > before, server)
-            for client in clients:
-                self.tls_client(server, client)
-                self.assertEqual(client.code("USER alice"), 331)
+        clients = [TlsClient(server.connect()) for _ in range(3)]
+        for client in clients:
+            self.addCleanup(client.close)
+            client.reply()
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("was read again")
+        until(lambda: len(server.those("SERVER")) == 2, server)
+        os.kill(server.pid, signal.SIGSTOP)                 # the old SERVER says what it has to say, and ends
+        try:
+            self.assertEqual([client.code("AUTH TLS") for client in clients], [234] * 3)
+            until(lambda: len(server.those("SERVER")) == 1, server)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        for client in clients:
+            client.handshake()
+            self.assertEqual(client.login(), 230)
 
     def test_which_log_is_which_when_one_cannot_be_opened(self):
         place = tempfile.mkdtemp(dir=self.place)
@@ -9847,6 +9902,35 @@ class ProcessStarts(ProcExam):
         self.assertEqual(os.listdir(directory), ["file"])
         server.process.send_signal(signal.SIGINT)
         self.assertEqual(server.ended(), 0)
+
+
+class Addresses(unittest.TestCase):
+    def test_link_local_ones_keep_their_interface(self):
+        for name, address in ((("fe80::1", 21, 0, 3), "fe80::1%3"), (("::1", 21, 0, 0), "::1"), (("192.0.2.1", 21), "192.0.2.1")):
+            self.assertEqual(pureftpd.address_scoped(name), address)
+        self.assertEqual(pureftpd.sockaddr_pack("fe80::1%3", 21)[-4:], struct.pack("=I", 3))
+        self.assertEqual(pureftpd.address_normal("fe80::1%3"), "fe80::1")
+
+    def test_a_link_local_address_can_be_bound(self):
+        try:
+            with open("/proc/net/if_inet6") as file:
+                found = [line.split() for line in file if line.startswith("fe80")]
+        except OSError:
+            found = []
+        if not found:
+            self.skipTest("no interface here has a link-local address")
+        address = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(found[0][0]))
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as listener:
+            listener.bind((address, 0, 0, int(found[0][1], 16)))
+            listener.listen(1)
+            with deadline_socket(socket.socket(socket.AF_INET6, socket.SOCK_STREAM)) as theirs:
+                theirs.connect(listener.getsockname())
+                client = listener.accept()[0]
+                peer = pureftpd.peer_of(client.fileno())
+                client.close()
+        port = pureftpd.DataPort(None, peer, socket.AF_INET6, (1024, 65535), False)
+        self.addCleanup(port.close)
+        self.assertGreater(port.listen(), 1023)
 
 
 class ProcessLogs(unittest.TestCase):
