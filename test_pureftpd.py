@@ -6342,6 +6342,21 @@ pureftpd.Session.transfer = told
         self.assertEqual(self.content(".ftpquota", home).split(), [b"1", b"0"])
 
 
+class Fortunes(Exam):
+    def test_the_notes_follow_and_tabs_are_blanks(self):
+        path = os.path.join(self.place, "fortunes")
+        with open(path, "wb") as file:
+            file.write(b"one line\n\t-- somebody\n")
+        client = ExamClient(self.server("-F", path, "-E", "-Q", "1:5").connect())
+        self.addCleanup(client.close)
+        code, text = client.reply()
+        if not PROTOCOL_ORIGINAL:
+            self.assertEqual(text.split(b"\r\n"), [
+                b"220-one line", b"        -- somebody", b"220-This is a private system - No anonymous login",
+                b"220 All users: for 5 downloaded bytes, upload 1", b""])
+        self.assertEqual(code, 220)
+
+
 class Homes(unittest.TestCase):
     """What -j makes."""
 
@@ -7072,6 +7087,20 @@ class TlsHandshakes(TlsExam):
         self.assertEqual(client.code("QUIT"), 221)
         self.assertEqual(client.sock.recv(1), b"")
         client.sock.unwrap()
+
+    def test_a_self_signed_certificate_on_a_full_disk(self):
+        def run(command, **_):
+            for path in command:                            # as openssl(1) does there
+                if path.endswith((".new", ".crt")):
+                    open(path, "w").close()
+            return mock.Mock(returncode=0)
+
+        path = os.path.join(self.place, "full.pem")
+        with mock.patch.object(subprocess, "run", run), self.assertRaisesRegex(pureftpd.ConfigError, "full.pem: No space left"):
+            pureftpd.certificate_make(mock.Mock(certfile=(path, path)), Lines())
+        self.assertFalse(os.path.exists(path))
+        pureftpd.certificate_make(mock.Mock(certfile=(path, path)), mock.Mock())
+        self.assertTrue(os.path.getsize(path))
 
     # As it is with files that were just written, with old ones, and where Python gives no way to set ticket keys.
     WAYS = "", "pureftpd.FRESH_SECONDS = 0", "pureftpd.libssl_load = lambda: None"
