@@ -9872,12 +9872,12 @@ def settle(setup: Setup, account: Account, home: Home) -> "tuple[Tree, bytes]":
     walked = home.locked
     try:
         top = os.open(home.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if privileges.root and home.locked:
+            walked = not confine(top)
     except OSError as error:
         remedy = " (-j makes homes that are missing)" if error.errno == errno.ENOENT else ""
         raise ConfigError(f"the home {printable(home.root)} of {printable(account.name)}: {error.strerror}{remedy}") from None
     if privileges.root:
-        if home.locked:
-            walked = not confine(top)
         become(account.uid, account.gid, account.groups or (account.gid,))
     os.umask(0)
     root = home.root.rstrip(b"/") if home.locked else b""

@@ -9610,6 +9610,17 @@ pureftpd.announce = said
         client.secure()
         self.assertEqual(client.login(), 230)
 
+    @unittest.skipUnless(ROOT, "needs root")
+    def test_a_home_that_its_user_may_not_enter(self):
+        server = self.live()
+        for user in "alice", "bob":                         # locked in, and not
+            home = os.path.join(self.place, user)
+            os.chown(home, 0, 0)
+            os.chmod(home, 0o700)
+            client = self.visit(server)
+            self.assertEqual((client.code("USER " + user), client.code("PASS secret")), (331, 421))
+            server.wait_for(r"\[ERROR\] Login not possible for user \[%s\]: the home %s/? of %s: Permission denied" % (user, home, user))
+
     def test_a_login_that_hears_no_alarm_clock(self):
         """As one that waits for a disk: nobody else waits for it, and it does not count as one that is checked."""
         server = self.live(patches=HANGING + """
