@@ -7805,8 +7805,8 @@ class Session(FileCommands):
             offset = before if upload.append else upload.offset
             if offset > before:
                 raise Refuse(451, "The file has %d bytes only by now" % before)
-            if not upload.append:
-                os.ftruncate(upload.fd, offset)                         # discard() of others sees by it that we were here
+            if before > offset or not (upload.created or upload.append):
+                os.ftruncate(upload.fd, offset)                         # of an empty file, too: discard() of others sees it
             os.lseek(upload.fd, offset, os.SEEK_SET)
             return upload._replace(offset=offset, before=before), account.meter(upload.fd, before, offset)
 
@@ -8279,6 +8279,7 @@ class Server:
         self.last_id = last_id                              # of a login; the high byte tells SERVERs from each other
         self.greeting = greeting
         self.running, self.draining, self.full = True, False, False
+        channel.setblocking(False)
         self.spare = os.dup(channel.fileno())               # given up for a moment when descriptors run out
         self.selector = selectors.DefaultSelector()
         self.selector.register(channel, selectors.EVENT_READ, self.on_channel)
@@ -8594,13 +8595,14 @@ class Server:
     def on_channel(self, channel: socket.socket) -> None:
         """A message from PRIV or a login child. Its end, or nonsense, is our end."""
         try:
-            channel.setblocking(False)
             message, fds = message_receive(channel, 1)
             if not message:
                 self.running = False
                 return
-            if fds:
-                self.log.adopt(socket.socket(fileno=fds[0]))
+            if fds and message[0] == NEWLOG:
+                self.log.adopt(socket.socket(fileno=fds.pop()))
+            for fd in fds:
+                os.close(fd)
             handler = SERVER_MESSAGES.get(message[0])
             if handler is None:
                 raise MessageError("unknown message %d" % message[0])
@@ -9633,9 +9635,10 @@ def home_make(home: Home, account: Account, options: Any) -> None:
     directory = os.open(b"/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for parent in parents:
-            outer, directory = directory, directory_enter(directory, parent, 0o755)
+            outer, directory = directory, directory_enter(directory, parent)
             os.close(outer)
-        fd = directory_enter(directory, name, 0o700)
+        os.mkdir(name, 0o700, dir_fd=directory)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     finally:
         os.close(directory)
     try:
@@ -9646,20 +9649,22 @@ def home_make(home: Home, account: Account, options: Any) -> None:
         os.close(fd)
 
 
-def directory_enter(outer: int, name: bytes, mode: int) -> int:
-    """A descriptor of a directory in another one, made if there is none. OSError.
+def directory_enter(outer: int, name: bytes) -> int:
+    """A descriptor of a directory in another one, made if there is none, then in group 0. OSError.
 
     A link is followed where nobody but root (or ourselves) could have made it: users own directories above others' homes.
     """
     try:
-        os.mkdir(name, mode, dir_fd=outer)
-        if not os.geteuid():
-            os.chown(name, 0, 0, dir_fd=outer, follow_symlinks=False)
+        os.mkdir(name, 0o755, dir_fd=outer)
+        made = True
     except FileExistsError:
-        pass
+        made = False
     st = os.fstat(outer)
     ours = st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o022
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if ours else os.O_NOFOLLOW), dir_fd=outer)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if ours else os.O_NOFOLLOW), dir_fd=outer)
+    if made and not os.geteuid() and os.fstat(fd).st_gid == os.getegid():
+        os.fchown(fd, 0, 0)
+    return fd
 
 
 def unprivileged_answer(privileges: Privileges, question: "Callable[[], Any]") -> bytes:
@@ -10281,6 +10286,8 @@ class Monitor:
                 signal_default(SIGTERM)                 # the other handlers do nothing, which is right for children
                 process_title(PROCESS_TITLES[state])
                 function(theirs)
+            except ConfigError as error:
+                self.setup.log.error("%s cannot run: %s" % (state, error))
             except Exception:
                 self.setup.log.error("bug: " + traceback_text())
             finally:

@@ -52,7 +52,7 @@ import pureftpd
 
 PRIVILEGE_CALLS = {"seteuid", "setuid", "setresuid", "setreuid", "setgid", "setegid", "setresgid", "setregid", "setgroups",
                    "initgroups", "chroot", "setns", "unshare", "fchroot"}
-ROOT_LINES_MAX = 605                # of the section in which everything runs as root; more is a decision
+ROOT_LINES_MAX = 610                # of the section in which everything runs as root; more is a decision
 FUNCTION_LINES_MAX = 45
 LINE_MAX = 130
 
