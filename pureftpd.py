@@ -7545,6 +7545,7 @@ class Session(FileCommands):
         except Full:
             return stream, (552, "The quota is used up")
         except OSError as error:
+            self.log.error("The transfer failed: %s" % error.strerror)
             return stream, os_error_reply(error)
         finally:
             self.attention.on_status = None
@@ -10381,7 +10382,8 @@ class Monitor:
         self.drop_channel(child)
         child.forget_tls()
         if os.WIFSIGNALED(status) and self.stop_at is None:
-            self.setup.log.warning("%s process %d was ended by signal %d" % (child.state, child.pid, os.WTERMSIG(status)))
+            self.setup.log.warning("%s process %d%s was ended by signal %d" % (
+                child.state, child.pid, f" of {child.peer.address}" if child.peer else "", os.WTERMSIG(status)))
         if child.state in (STATE_LOGIN, STATE_SESSION):
             root_scoreboard_remove(self.setup.privileges, self.setup.statedir, child.pid)
         if child.state == STATE_LOGIN:
@@ -12590,17 +12592,27 @@ def announce(setup: Setup, listeners: "list[Listener]") -> None:
             options.maxclientsnumber, options.passiveportrange[1] - options.passiveportrange[0] + 1))
     if not setup.privileges.root and not options.login and not options.daemonize and listeners:
         host, port = listeners[0].sock.getsockname()[:2]
-        print("Serving %s, %s, to anyone who can reach %s port %d: ftp://%s/\n"
-              "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -f ./passwd -F ./users.pdb -m, "
-              "then -l puredb:./users.pdb\n"
-              "All options: --help    Stop: Ctrl-C" % (
-                  printable(setup.anonymous_root), "with uploads" if not options.anonymouscantupload else
-                  "read-only" if not options.anonymouscancreatedirs else "with new directories",
-                  host, port, "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port), port), flush=True)
+        said = ("Serving %s, %s, to anyone who can reach %s port %d: ftp://%s/\n"
+                "Other machines: -S 0.0.0.0,%d    Accounts: pureftpd.py pw useradd NAME -d DIR -f ./passwd -F ./users.pdb -m, "
+                "then -l puredb:./users.pdb\n"
+                "All options: --help    Stop: Ctrl-C" % (
+                    printable(setup.anonymous_root), "with uploads" if not options.anonymouscantupload else
+                    "read-only" if not options.anonymouscancreatedirs else "with new directories",
+                    host, port, "[%s]:%d" % (host, port) if ":" in host else "%s:%d" % (host, port), port))
+        try:
+            print(said, flush=True)
+        except OSError:
+            pass                                            # nobody reads it
+    if options.tlsbind and listeners and not any(listener.implicit for listener in listeners):
+        log.warning("--tlsbind is not heeded: the sockets are systemd's")
 
 
 def serve_forever(argv: "list[str]", options: Any) -> int:
     """Be the daemon until it is told to end; the exit status. Raises ConfigError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the current directory: {error.strerror}; start in another one") from None
     privileges = privsep_account()
     privsep_check(privileges)
     inetd = inetd_client()
@@ -12688,13 +12700,17 @@ def tool_run(tool: str, argv: "list[str]") -> int:
     return TOOLS[tool](argv)
 
 
-def descriptors_complete() -> None:
-    """Whoever starts us without 0, 1 or 2 would find our sockets there, and log lines in them."""
+def inheritance_refuse() -> None:
+    """What whoever starts us may have left us: no descriptors 0, 1 or 2, where our sockets would be found and log lines go to
+    them; blocked signals; and children that nobody may wait for.
+    """
     fd = os.open(os.devnull, os.O_RDWR)
     while fd < 3:
         os.set_inheritable(fd, True)
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def main(argv: "list[str]") -> int:
@@ -12702,7 +12718,7 @@ def main(argv: "list[str]") -> int:
 
     The exit status.
     """
-    descriptors_complete()
+    inheritance_refuse()
     called = os.path.basename(argv[0])
     if called.startswith("pure-") and called[5:] in TOOLS:
         return tool_run(called[5:], argv[1:])

@@ -6451,6 +6451,8 @@ class Faults(Exam):
                     with contextlib.suppress(ConnectionError):
                         data.sendall(b"x" * (4 << 20))
                 code = client.reply()[0]
+                if not PROTOCOL_ORIGINAL:
+                    self.server(*switches).wait_for(r"\[ERROR\] The transfer failed: No space left on device")
                 self.assertIn(code, (452, 552) if not PROTOCOL_ORIGINAL else (451, 452, 552), client.exchange())
                 if PROTOCOL_ORIGINAL:
                     continue
@@ -9685,6 +9687,39 @@ pureftpd.LOGIN_CHECK_SECONDS, pureftpd.LOGIN_CHECKS = -1.5, 1
             select.select([], [], [], 0.005)
         self.assertEqual(client.code("QUIT"), 221, client.exchange())
         self.assertEqual(server.ended(), 0)
+
+    def test_what_whoever_starts_a_server_leaves_it(self):
+        """Nothing at 0, 1 and 2, SIGCHLD ignored, SIGTERM blocked."""
+        launch = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP))
+os.dup2(2, 9)
+os.closerange(0, 3)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+        directory = tempfile.mkdtemp(dir=self.place)
+        server = self.live("-S", "127.0.0.1,0", "-f", "stderr", "--statedir", directory + "/state", "-g", directory + "/pid",
+                           command=[sys.executable, "-c", launch, sys.executable, pureftpd.__file__], ready=None)
+        until(lambda: server.those("SERVER"))
+        held = proc_fds(server.pid).values()
+        server.port, = (row[1] for name, row in tcp_sockets().items() if name in held and row[0] == "0A")
+        client = self.enter(server)
+        for pid in server.those("IDLE"):
+            names = [os.readlink("/proc/%d/fd/%d" % (pid, fd)) for fd in range(3)]
+            self.assertEqual(set(names), {"/dev/null"})
+        client.close()
+        until(lambda: not server.those("IDLE"))             # it hears of its children's ends, and of SIGTERM
+        server.process.terminate()
+        self.assertEqual(server.process.wait(EXAM_SECONDS), 0)
+
+    def test_a_directory_that_is_gone(self):
+        gone = tempfile.mkdtemp(dir=self.place)
+        done = subprocess.run([sys.executable, "-c", "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.argv[1], sys.argv[1:])",
+                               sys.executable, pureftpd.__file__, "-S", "127.0.0.1,0", "-f", "none"], cwd=gone,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=EXAM_SECONDS)
+        self.assertEqual((done.returncode, done.stderr), (
+            1, b"pure-ftpd: the current directory: No such file or directory; start in another one\n"))
 
     def test_a_stdin_that_is_a_socket_of_a_program(self):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
