@@ -3310,13 +3310,11 @@ class OwnFiles:
     """
 
     def __init__(self, files: "list[bytes]", directories: "list[bytes]") -> None:
-        # where each file is, so that it is known by other names, too
+        # What each inode is, so that it is known by other names, too, and its path: see still().
         self.files: "dict[tuple[int, int], bytes]" = {}
-        # directory and name, also of files that do not exist yet
-        self.places: "set[tuple[int, int, bytes]]" = set()
-        self.closed: "set[tuple[int, int]]" = set()             # directories that nobody enters
-        self.ancestors: "set[tuple[int, int]]" = set()          # directories whose renaming would move an own file away
-        self.names: "set[bytes]" = set()
+        self.closed: "dict[tuple[int, int], bytes]" = {}        # directories that nobody enters
+        self.ancestors: "dict[tuple[int, int], bytes]" = {}     # directories whose renaming would move an own file away
+        self.places: "dict[bytes, set[bytes]]" = {}             # name: directories where it is ours, there already or not
         for path in directories:
             self.closed.update(self.add(path))
         for path in files:
@@ -3324,20 +3322,18 @@ class OwnFiles:
 
     def add(self, path: bytes) -> "dict[tuple[int, int], bytes]":
         """Protect the place of `path`; what is there, and its name."""
-        found = {}
-        for name in {os.path.abspath(path), os.path.realpath(path)}:
+        found: "dict[tuple[int, int], bytes]" = {}
+        for name in (os.path.realpath(path), os.path.abspath(path)):
             above = name
             while above != os.path.dirname(above):
                 above = os.path.dirname(above)
                 inode = self.inode(above)
                 if inode is not None:
-                    self.ancestors.add(inode)
-            directory, inode = self.inode(os.path.dirname(name)), self.inode(name)
-            if directory is not None:
-                self.places.add((*directory, os.path.basename(name)))
-                self.names.add(os.path.basename(name))
+                    self.ancestors.setdefault(inode, above)
+            self.places.setdefault(os.path.basename(name), set()).add(os.path.dirname(name))
+            inode = self.inode(name)
             if inode is not None:
-                found[inode] = name
+                found.setdefault(inode, name)
         return found
 
     @staticmethod
@@ -3349,15 +3345,17 @@ class OwnFiles:
             return None
         return st.st_dev, st.st_ino
 
-    def has(self, inode: "tuple[int, int]") -> bool:
-        """Whether that is one of them, still: the inode of one that was replaced is soon another file's."""
-        if inode not in self.files:
-            return inode in self.closed
+    @staticmethod
+    def is_at(st: os.stat_result, path: bytes) -> bool:
         try:
-            st = os.stat(self.files[inode])
+            return os.path.samestat(st, os.stat(path))
         except OSError as error:
             return error.errno != errno.ENOENT
-        return (st.st_dev, st.st_ino) == inode
+
+    def still(self, st: os.stat_result, known: "dict[tuple[int, int], bytes]") -> bool:
+        """Whether that is one of `known`, still: the inode of what was removed, or replaced, is soon another file's."""
+        path = known.get((st.st_dev, st.st_ino))
+        return path is not None and self.is_at(st, path)
 
 
 class WalkedTree(Tree):
@@ -3475,26 +3473,22 @@ class WalkedTree(Tree):
         return target
 
     def guard(self, st: os.stat_result, path: bytes) -> None:
-        if self.own is not None and self.own.has((st.st_dev, st.st_ino)):
+        if self.own is not None and (self.own.still(st, self.own.files) or self.own.still(st, self.own.closed)):
             raise permission_denied(path)
 
     def guard_place(self, at: int, name: bytes, path: bytes) -> None:
-        if self.own is not None and name in self.own.names:
+        if self.own is not None and name in self.own.places:
             st = os.fstat(at)
-            if (st.st_dev, st.st_ino, name) in self.own.places:
+            if any(self.own.is_at(st, directory) for directory in self.own.places[name]):
                 raise permission_denied(path)
 
     def guard_directory(self, fd: int, path: bytes) -> None:
-        if self.own is not None and self.own.closed:
-            st = os.fstat(fd)
-            if (st.st_dev, st.st_ino) in self.own.closed:
-                raise permission_denied(path)
+        if self.own is not None and self.own.closed and self.own.still(os.fstat(fd), self.own.closed):
+            raise permission_denied(path)
 
     def rename(self, source: bytes, target: bytes) -> None:
-        if self.own is not None:
-            st = self.lstat(source)
-            if (st.st_dev, st.st_ino) in self.own.ancestors:
-                raise permission_denied(source)
+        if self.own is not None and self.own.still(self.lstat(source), self.own.ancestors):
+            raise permission_denied(source)
         super().rename(source, target)
 
 # ==== Listings ====================================================================================

@@ -2238,6 +2238,16 @@ class OwnFilesProtection(Trees):
         self.assertEqual(self.read(self.walked, b"reused"), b"hash")
         self.refused(self.walked.open, b"server/etc/users.pdb", os.O_RDONLY)
 
+    def test_directories_that_were_made_anew(self):
+        os.rename(os.path.join(self.top, "server"), os.path.join(self.top, "old"))
+        os.makedirs(os.path.join(self.top, "server/etc"))
+        self.put("top/server/etc/users.pdb", "new hash")
+        self.refused(self.walked.open, b"server/etc/users.pdb", os.O_RDONLY)
+        self.refused(self.walked.open, b"server/etc/log", os.O_WRONLY | os.O_CREAT)
+        self.walked.rename(b"old/etc", b"free")                             # another one may have its inode by chance
+        self.assertEqual(self.read(self.walked, b"free/users.pdb"), b"hash")
+        self.assertEqual(self.names(self.walked, b"old/state"), [b"entry"])
+
     def test_closed_directories_are_not_entered_nor_listed(self):
         for path in (b"server/state", b"server/state/.", b"server/etc/../state"):
             self.refused(self.walked.change_directory, path)
@@ -2265,7 +2275,7 @@ class OwnFilesProtection(Trees):
         for name in (b"users.pdb", b"users.passwd", b"log", b"pid", b"../state/entry"):
             self.refused(tree.open, b"server/etc/" + name, os.O_RDONLY)
             self.refused(tree.open, b"server/etc/" + name, os.O_WRONLY | os.O_CREAT)
-        self.assertIn(os.path.basename(os.fsencode(pureftpd.__file__)), pureftpd.own_files(options).names)
+        self.assertIn(os.path.basename(os.fsencode(pureftpd.__file__)), pureftpd.own_files(options).places)
 
 
 class TreesAgree(Trees):
