@@ -7776,8 +7776,10 @@ class Session(FileCommands):
 
         Raises Refuse, leaving nothing behind.
         """
+        if not (self.quota.limited or self.account.anonymous):
+            return
         try:
-            if (self.quota.limited or self.account.anonymous) and not account.hold(upload.fd):
+            if not account.hold(upload.fd):
                 raise Refuse(450, "Another session is writing this file")
             try:
                 self.upload_check(os.fstat(upload.fd), False)           # who held it until now may have filled it
@@ -7795,8 +7797,10 @@ class Session(FileCommands):
 
         That is looked up anew: while the client was waited for, other sessions may have written the file. Raises Refuse.
         """
+        before = os.fstat(upload.fd).st_size
+        if upload.created and not before:
+            return upload, QuotaMeter(self.quota, upload.fd, 0, 0)      # without limits: see receive()
         with self.quota.lock() as account:
-            before = os.fstat(upload.fd).st_size
             offset = before if upload.append else upload.offset
             if offset > before:
                 raise Refuse(451, "The file has %d bytes only by now" % before)
