@@ -9323,7 +9323,7 @@ class TlsDoor:
 #             _pure-ftpd                                                         ADMITTED, BINDRESPORT, REMOVEFTPWHOENTRY,
 #                                                                                REOPENLOG (session)
 # (SERVER)    _pure-ftpd for good       an empty one     all of visitors         VERDICT, ENDED, JOINED, CONSULT, OUTCOME, DRAIN,
-#                                                                                STOP (PRIV)
+#                                                                                NEWLOG, STOP (PRIV)
 # (TLS)       _pure-ftpd for good       an empty one     all of its client       VERDICT, ENDED, STOP (PRIV)
 # (LOGIN)     0 till it is (IDLE)       /                one name, one password  nothing
 # (IDLE) ...  the user for good         the user's home  all of its client       STOP (PRIV)
