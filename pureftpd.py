@@ -12702,13 +12702,16 @@ def inheritance_refuse() -> None:
     """What whoever starts us may have left us: no descriptors 0, 1 or 2, where our sockets would be found and log lines go to
     them; blocked signals; and children that nobody may wait for.
     """
-    fd = os.open(os.devnull, os.O_RDWR)
-    while fd < 3:
-        os.set_inheritable(fd, True)
-        fd = os.open(os.devnull, os.O_RDWR)
-    os.close(fd)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        fd = os.open(os.devnull, os.O_RDWR)
+        while fd < 3:
+            os.set_inheritable(fd, True)
+            fd = os.open(os.devnull, os.O_RDWR)
+        os.close(fd)
+    except OSError:
+        pass                                                # an image that is being made: tools work without /dev
 
 
 def main(argv: "list[str]") -> int:

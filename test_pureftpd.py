@@ -13266,6 +13266,10 @@ class WithoutProc(unittest.TestCase):
         with mock.patch("builtins.open", side_effect=FileNotFoundError):
             self.assertIsNone(pureftpd.title_area_prepare("pure-pw"))
 
+    def test_there_is_no_dev(self):
+        with mock.patch.object(os, "open", side_effect=FileNotFoundError):
+            pureftpd.inheritance_refuse()
+
 
 class SignalsTogether(unittest.TestCase):
     def test_a_signal_to_all_processes_is_no_death_of_the_server(self):
