@@ -8100,6 +8100,21 @@ pureftpd.Certificates.of_client, pureftpd.Monitor.gone = keep, tell
         self.assertEqual(clients[0].code("PASS secret"), 530)                   # nobody looks at it any more
         self.assertEqual(self.visitor(*switches, patches=self.QUICK, greeted=False).reply()[0], 421)
 
+    def test_anonymous_users_who_are_refused_have_guessed_nothing(self):
+        switches = "--banafter", "2", "-c", "18"
+        patches = self.QUICK + """
+def refused(*_):
+    raise pureftpd.Refused("nobody is let in")
+pureftpd.anonymous_account = refused
+"""
+        server = self.server("-Y", "1", "-2", self.certificate, *switches, patches=patches)
+        for _ in range(4):
+            client = TlsClient(server.connect())
+            self.addCleanup(client.close)
+            self.assertEqual(client.reply()[0], 220)
+            client.secure()
+            self.assertEqual(client.code("USER ftp"), 530)
+
     def test_a_good_password_takes_nothing_back(self):
         switches = "--banafter", "3", "-c", "19"
         for password, code in (("wrong", 530), ("secret", 230), ("wrong", 530), ("secret", 230), ("wrong", 530), ("secret", None)):
@@ -9738,6 +9753,15 @@ os.execv(sys.argv[1], sys.argv[1:])
             self.assertEqual(self.enter(server).code("NOOP"), 200)
 
 
+# As systemd does: a socket as descriptor 3, and how many there are.
+SYSTEMD_LAUNCH = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.set_inheritable(3, True)
+os.execve(sys.argv[3], sys.argv[3:], dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2]))
+"""
+
+
 class ProcessStarts(ProcExam):
     """The ways to start a server, and not to start it."""
 
@@ -9885,11 +9909,9 @@ class ProcessStarts(ProcExam):
         os.chmod(path, 0o777)
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
-        launch = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execve(sys.argv[2], sys.argv[2:], " \
-                 "dict(os.environ, LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'))"
         directory = tempfile.mkdtemp(dir=self.place)
         server = self.live("-f", "stderr", "--statedir", directory + "/state", "-g", directory + "/pid",
-                           command=[sys.executable, "-c", launch, str(listener.fileno()), *self.PLAIN],
+                           command=[sys.executable, "-c", SYSTEMD_LAUNCH, str(listener.fileno()), "1", *self.PLAIN],
                            pass_fds=[listener.fileno()], environment={"NOTIFY_SOCKET": path})
         self.assertEqual(server.port, listener.getsockname()[1])
         self.assertEqual(notify.recv(100), b"READY=1")
@@ -9901,6 +9923,38 @@ class ProcessStarts(ProcExam):
         server.process.terminate()
         self.assertEqual(notify.recv(100), b"STOPPING=1")
         self.assertEqual(server.ended(), 0)
+
+    def test_a_socket_of_systemd_for_both_families_is_an_ipv4_clients_too(self):
+        listener = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        self.addCleanup(listener.close)
+        try:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            listener.bind(("::", 0))
+        except OSError:
+            self.skipTest("no IPv6 here")
+        listener.listen(5)
+        directory = tempfile.mkdtemp(dir=self.place)
+        server = self.live("-f", "stderr", "--statedir", directory + "/state", "-g", directory + "/pid", "-H",
+                           command=[sys.executable, "-c", SYSTEMD_LAUNCH, str(listener.fileno()), "1", *self.PLAIN],
+                           pass_fds=[listener.fileno()])
+        client = self.enter(server)
+        for command in "EPSV", "EPSV 1":
+            with client.passive(command) as data:
+                self.assertEqual(client.fetch("NLST", data)[0], 226)
+        self.assertEqual(client.code("EPSV 2"), 522)
+
+    def test_sockets_of_systemd_that_are_none(self):
+        pair = socket.socketpair()
+        for end in pair:
+            self.addCleanup(end.close)
+        for count, pattern in (("1", b"must be of TCP"), ("2", b"LISTEN_FDS 2: "), ("x", b"LISTEN_FDS x: "), ("0", b"LISTEN_FDS is 0")):
+            with self.subTest(count):
+                done = subprocess.run([sys.executable, "-c", SYSTEMD_LAUNCH, str(pair[0].fileno()), count, *self.PLAIN, "-f", "none",
+                                       "--statedir", os.path.join(self.place, "state-of-none")],
+                                      pass_fds=[pair[0].fileno()], env=self.environment(), stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=EXAM_SECONDS)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, rb"\Apure-ftpd: [^\n]*%s[^\n]*\n\Z" % pattern)
 
     def test_a_super_server_starts_one_for_each_client(self):
         for script in (["USER alice", "PASS secret", "PWD", "QUIT"], ["NOOP", "QUIT"], []):
@@ -11333,6 +11387,14 @@ class Uploadscript(UploadscriptTest):
         self.create()
         self.announce(os.fsencode(self.script))
         self.assertEqual(self.report()[0], "1 " + self.script)
+
+    def test_it_stops_without_its_pid_file(self):
+        process = self.start("-p", self.base + "/pid")
+        self.announce(os.fsencode(self.script))
+        self.report()
+        os.unlink(self.base + "/pid")
+        process.terminate()
+        self.assertEqual((process.wait(20), process.stderr.read()), (0, b""))
 
     def test_it_waits_for_the_pipe_and_stops_on_term_with_its_pid_file(self):
         os.unlink("%s/%s" % (self.statedir, pureftpd.UPLOADPIPE_NAME))
