@@ -4351,6 +4351,10 @@ PROTOCOL_ORIGINAL = shlex.split(os.environ.get("PUREFTPD", ""))
 ROOT = os.geteuid() == 0
 EXAM_UID, EXAM_FTP_UID = (12345, 12346) if ROOT else (os.geteuid(), os.geteuid())
 EXAM_SECONDS = 20                   # after which whoever waits for the server gives up
+HERE = os.path.dirname(os.path.abspath(pureftpd.__file__))
+# Servers start as pureftpd.py restarts itself: what packages have left for site to load takes longer than all else (40 ms).
+EXAM_PYTHON = [sys.executable, "-S"]
+EXAM_PATH = os.pathsep.join([HERE, *(path for path in sys.path if path.endswith("-packages"))])
 # What a test would otherwise wait for. The anonymous user is one that need not exist on this machine.
 EXAM_WRAPPER = """
 import os, sys, types
@@ -4418,10 +4422,10 @@ class ExamDaemon:
         self.lines, self.news = [], threading.Condition()
         self.directory = directory = tempfile.mkdtemp(dir=place)
         os.chmod(directory, 0o755)
-        environment = dict(os.environ, PYTHONPATH=os.path.dirname(os.path.abspath(pureftpd.__file__)),
-                           FTP_ANON_DIR=os.path.join(place, "ftp"), PYTHONDONTWRITEBYTECODE="1", TZ="UTC")
+        environment = dict(os.environ, PYTHONPATH=EXAM_PATH, FTP_ANON_DIR=os.path.join(place, "ftp"), PYTHONDONTWRITEBYTECODE="1",
+                           TZ="UTC")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", EXAM_WRAPPER % patches, "-S", "127.0.0.1,0", "-f", "stderr", "-H", "--banafter", "0",
+            [*EXAM_PYTHON, "-c", EXAM_WRAPPER % patches, "-S", "127.0.0.1,0", "-f", "stderr", "-H", "--banafter", "0",
              "--statedir", os.path.join(directory, "state"), "-g", os.path.join(directory, "pid"), *switches],
             env=environment, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.reader = threading.Thread(target=self.collect)
@@ -8222,7 +8226,6 @@ class TlsValues(unittest.TestCase):
 # server that runs them. Whoever waits here waits for a line, an exit or a closed socket, and gives up after EXAM_SECONDS.
 
 
-HERE = os.path.dirname(os.path.abspath(pureftpd.__file__))
 HAS_PROC = os.path.exists("/proc/self/task/%d/children" % os.getpid())
 RESET = struct.pack("ii", 1, 0)                 # SO_LINGER: close() sends RST
 
@@ -8307,12 +8310,12 @@ class LiveServer(ExamDaemon):
         os.chmod(self.directory, 0o755)
         self.state, self.pidfile = (os.path.join(self.directory, name) for name in ("state", "pid"))
         if command is None:
-            command = [sys.executable, "-c", EXAM_WRAPPER % patches, *(("-S", listen) if listen else ()), "-f", "stderr", "-H",
+            command = [*EXAM_PYTHON, "-c", EXAM_WRAPPER % patches, *(("-S", listen) if listen else ()), "-f", "stderr", "-H",
                        "--banafter", "0", "--statedir", self.state, "-g", self.pidfile]
         limit = nofile and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile)))
         self.process = subprocess.Popen(
             [*command, *switches], cwd=cwd or self.directory, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=limit,
-            env={**os.environ, "PYTHONPATH": HERE, "FTP_ANON_DIR": os.path.join(place, "ftp"), "TZ": "UTC",
+            env={**os.environ, "PYTHONPATH": EXAM_PATH, "FTP_ANON_DIR": os.path.join(place, "ftp"), "TZ": "UTC",
                  **(environment or {})}, **{"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, **more})
         self.reader = threading.Thread(target=self.collect)
         self.reader.start()
@@ -8779,7 +8782,7 @@ class ProcessDeaths(ProcExam):
                     with contextlib.suppress(ConnectionResetError):
                         self.drained(data)
                 until(lambda: not server.entries(), server)
-                server.wait_for("process %d was ended by signal 9" % pid)
+                server.wait_for("process %d of 127.0.0.1 was ended by signal 9" % pid)
                 self.assertEqual(list(server.titles().values()), ["pure-ftpd (SERVER)"])
         until(lambda: not self.turned_away(server), server)
 
@@ -9765,10 +9768,10 @@ os.execve(sys.argv[3], sys.argv[3:], dict(os.environ, LISTEN_PID=str(os.getpid()
 class ProcessStarts(ProcExam):
     """The ways to start a server, and not to start it."""
 
-    PLAIN = [sys.executable, "-c", EXAM_WRAPPER % ""]
+    PLAIN = [*EXAM_PYTHON, "-c", EXAM_WRAPPER % ""]
 
     def environment(self):
-        return dict(os.environ, PYTHONPATH=HERE, FTP_ANON_DIR=self.ftp, TZ="UTC", XDG_RUNTIME_DIR=self.place)
+        return dict(os.environ, PYTHONPATH=EXAM_PATH, FTP_ANON_DIR=self.ftp, TZ="UTC", XDG_RUNTIME_DIR=self.place)
 
     def test_the_configuration_file_alone(self):
         directory = tempfile.mkdtemp(dir=self.place)
