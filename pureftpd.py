@@ -5717,6 +5717,11 @@ class TimedOut(Exception):
     """Nothing happened for too long."""
 
 
+def poll_milliseconds(seconds: float) -> int:
+    """For poll(2), which must not end before the time does."""
+    return max(0, min(int(seconds * 1000 + 0.999), POLL_MAX))
+
+
 class Attention:
     """Waits for one thing while it watches the control connection and PRIV."""
 
@@ -5735,7 +5740,7 @@ class Attention:
 
     def poll(self, seconds: float) -> "list[tuple[int, int]]":
         """What happened within `seconds`, after the control connection and PRIV have been looked after."""
-        events = self.poller.poll(max(0, min(int(seconds * 1000 + 0.999), POLL_MAX)))
+        events = self.poller.poll(poll_milliseconds(seconds))
         return [event for event in events if not self.looked_after(event[0])]
 
     def looked_after(self, fd: int) -> bool:
@@ -5792,7 +5797,7 @@ class Attention:
                 raise Hangup(421, "The server is shutting down, goodbye")
             self.listen(True)
             left = deadline - time.monotonic()
-            events = self.poller.poll(max(0, min(int(left * 1000 + 0.999), POLL_MAX)))
+            events = self.poller.poll(poll_milliseconds(left))
             if not events and left * 1000 < POLL_MAX:
                 raise TimedOut()
             for fd, _ in events:
@@ -6128,9 +6133,9 @@ class Stream:
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n")
             self.send(data.replace(b"\n", b"\r\n"))
-            if not block and offset < end:
-                raise Refuse(*SHORTER)
             if not block:
+                if offset < end:
+                    raise Refuse(*SHORTER)
                 return
 
     # -- up ------------------------------------------------------------------------------------------
@@ -7821,11 +7826,10 @@ class Session(FileCommands):
                 if over_quota:
                     os.ftruncate(upload.fd, upload.offset)          # what was there before stays, as far as it does
                 if not discard and upload.working != upload.path:
-                    discard = True                                  # unless this succeeds:
                     self.publish(upload, account)
-                    discard = False
             except (Refuse, OSError) as error:
                 failure = error.args if isinstance(error, Refuse) else os_error_reply(error)
+                discard = discard or upload.working != upload.path
             if discard:
                 failure = self.discard(upload, account, began) or failure
             if meter is None and not upload.created:
@@ -9655,13 +9659,12 @@ def directory_enter(outer: int, name: bytes) -> int:
     """
     try:
         os.mkdir(name, 0o755, dir_fd=outer)
-        made = True
     except FileExistsError:
-        made = False
-    st = os.fstat(outer)
-    ours = st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o022
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if ours else os.O_NOFOLLOW), dir_fd=outer)
-    if made and not os.geteuid() and os.fstat(fd).st_gid == os.getegid():
+        st = os.fstat(outer)
+        ours = st.st_uid in (0, os.geteuid()) and not st.st_mode & 0o022
+        return os.open(name, DIRECTORY_ONLY & ~os.O_NOFOLLOW if ours else DIRECTORY_ONLY, dir_fd=outer)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer)
+    if not os.geteuid() and os.fstat(fd).st_gid == os.getegid():
         os.fchown(fd, 0, 0)
     return fd
 
@@ -10002,7 +10005,7 @@ def listeners_renew(options: Any, old: "list[Listener]") -> "list[Listener]":
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         return old or systemd_listeners()
     before = {listener[:3]: listener for listener in old}
-    named = any(":" in (host or "") for host, _ in (*options.bind, *options.tlsbind))       # IPv6 is asked for
+    named = any(":" in (host or "") and host != "::" for host, _ in (*options.bind, *options.tlsbind))       # IPv6 is asked for
     listeners: "list[Listener]" = []
     for family, address, implicit in listening_addresses(options):
         there = before.get((family, address, implicit))
@@ -10157,6 +10160,7 @@ class Monitor:
         self.status = 0                                         # the daemon's exit status
         self.stop_at: "float | None" = None                     # when those that are left will be killed
         self.kills = 0                                          # how often they were
+        self.pipe: "int | None" = None                          # of -o, since a SIGHUP
         self.selector = selectors.DefaultSelector()
         self.directory = os.getcwd()                        # what relative names of the command line are relative to
 
@@ -10648,12 +10652,11 @@ class Monitor:
                 setup = setup_read(options, log, self.setup.privileges, self.setup)
                 try:
                     listeners = listeners_renew(options, self.listeners)
-                    if options.uploadscript and not self.setup.options.uploadscript:
-                        uploadpipe_create(options.statedir)             # ours is kept open till we end
                 except (ConfigError, OSError):
                     if setup.certificates is not None:
                         setup.certificates.close()
                     raise
+                self.renew_pipe(options)
         except (ConfigError, OSError) as error:
             log.error("The old configuration stays: %s" % error)
         except Exception:
@@ -10662,6 +10665,18 @@ class Monitor:
             self.renew(setup, listeners)
             log.notice("The configuration was read again")
         notify_systemd("READY=1")
+
+    def renew_pipe(self, options: Any) -> None:
+        """The upload pipe where -o is new, or StateDir was made anew. Without it users work on (uploadpipe_or_none)."""
+        if options.uploadscript:
+            try:
+                pipe = uploadpipe_create(options.statedir)
+            except ConfigError as error:
+                self.setup.log.error("the upload script will not be called: %s" % error)
+                return
+            if self.pipe is not None:
+                os.close(self.pipe)
+            self.pipe = pipe
 
     def renew(self, setup: Setup, listeners: "list[Listener]") -> None:
         """Serve those who come by `setup`, on `listeners`; those who are here stay with what they have."""

@@ -6389,7 +6389,9 @@ class Homes(unittest.TestCase):
 
     def test_missing_parents_are_the_servers(self):
         os.symlink(b"there", self.place + b"/link")
-        os.mkdir(self.place + b"/there", 0o755)
+        os.mkdir(self.place + b"/there")
+        os.chmod(self.place + b"/there", 0o311)             # nobody needs to list it
+        self.addCleanup(os.chmod, self.place + b"/there", 0o755)
         self.make(b"/link/a/b/home", b"/in/side")
         user = (EXAM_UID, EXAM_UID) if ROOT else (os.geteuid(), os.getegid())
         self.assertEqual(self.owner(b"/there/a/b/home/in/side"), (0o755, *user))
@@ -9436,6 +9438,10 @@ class ProcessReloads(ProcExam):
         client = self.enter(server)
         self.assertEqual(client.store("STOR file", b"x")[0], 226)
         server.wait_for(r"pure-ftpd\[\d+\]: \(alice@127\.0\.0\.1\) \[DEBUG\] Command \[stor\] \[file\]")
+        self.assertEqual(server.count("upload script will not be called"), 0)
+        os.rename(server.state, tempfile.mktemp(dir=self.place))            # as a cleaner does
+        self.reload(server)
+        self.assertEqual(self.enter(server).store("STOR file", b"x")[0], 226)
         self.assertEqual(server.count("upload script will not be called"), 0)
 
     @unittest.skipUnless(OPENSSL, "needs openssl(1)")
