@@ -121,6 +121,15 @@ BARS = (
     Bar("throttle-burst", "throttled RETR: longest burst",    "throttled", ("RETR",),            "s",       "<=0.5"),
     Bar("throttle-up",    "throttled STOR: off by",           "throttled", ("STOR",),            "%",       "<=3"),
     Bar("quotacheck",     "quotacheck of 500 000 files",      "quotacheck", (),                  "s",       "x<=2.0"),
+    # issue 13: a login and a session, on Python 3.12 and newer (3.11: a session 2.8 MiB)
+    Bar("again-cpu",      "2nd login, default hash: CPU",     "logins_again", (),                "us",      "x<=0.05"),
+    Bar("again",          "the same: connect to 230",         "logins_again", (),                "ms",      "<=40"),
+    Bar("first",          "1st login after the start, $1$",   "first_login", (),                 "ms",      ""),
+    Bar("cheap-cpu",      "login, $1$: CPU of the server",    "logins", (1,),                    "us",      "x<=1.5"),
+    Bar("idle",           "an idle session (PSS)",            "sessions", (25,),                 "MiB",     "<=1"),
+    Bar("tls-logins",     "AUTH TLS + login, 8 clients",      "logins", (8, True),               "1/s",     "x>=0.7"),
+    Bar("tool",           "python3 -m pureftpd pw show",      "tool_start", (),                  "ms",      "<=120"),
+    Bar("tool-cpu",       "the same: CPU",                    "tool_start", (),                  "us",      ""),
 )
 # fmt: on
 
@@ -250,6 +259,15 @@ class World:
         path = f"{self.root}/{users}.pdb"
         subprocess.run([*self.tool("original", "pw"), "mkdb", path, "-f", self.passwd(users)], check=True)
         return path
+
+    @functools.cache     # noqa: B019
+    def costly(self) -> str:
+        """The path of a PureDB with one more user, "costly", whose hash is what the original's pure-pw makes unless told."""
+        path = f"{self.root}/costly"
+        subprocess.run([*self.tool("original", "pw"), "useradd", "costly", "-u", str(UID), "-g", str(UID), "-d", self.home,
+                        "-f", path, "-F", path + ".pdb", "-m"], input=f"{PASSWORD}\n{PASSWORD}\n", text=True, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return path + ".pdb"
 
     @functools.cache     # noqa: B019
     def certificate(self) -> str:
@@ -979,6 +997,28 @@ def login_time(port: int, user: str) -> float:
 
 
 @measure
+def logins_again(bench: Bench, side: str) -> Figures:
+    """CPU and median time of logins of a user who has just logged in."""
+    server, count = bench.server(side, "-l", "puredb:" + bench.world.costly()), bench.world.size(5, 2)
+    login_time(server.port, "costly")
+    server.settle()
+    before = server.cpu()
+    times = [login_time(server.port, "costly") for _ in range(count)]
+    server.settle()
+    return {"us": (server.cpu() - before) / count * 1e6, "ms": statistics.median(times) * 1000}
+
+
+@measure
+def first_login(bench: Bench, side: str) -> Figures:
+    """The best of five starts."""
+    times = []
+    for _ in range(bench.world.size(5, 2)):
+        with bench.fresh(side) as server:
+            times.append(login_time(server.port, "user5"))
+    return {"ms": min(times) * 1000}
+
+
+@measure
 def big_database(bench: Bench, side: str) -> Figures:
     """Median login time with 100 000 users by that with 10, taken in turn."""
     few, many = bench.server(side), bench.server(side, users=100000)
@@ -987,13 +1027,31 @@ def big_database(bench: Bench, side: str) -> Figures:
     return {"ratio": statistics.median(t[1] for t in times) / statistics.median(t[0] for t in times)}
 
 
-def run_timed(argv: list[str]) -> float:
-    """Seconds that `argv` runs; Unmeasurable if it fails."""
+def run_timed(argv: list[str], **environment: str) -> float:
+    """Seconds that `argv` runs, with more in its environment; Unmeasurable if it fails."""
     began = time.monotonic()
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **environment})
     if done.returncode:
         raise Unmeasurable(f"exit {done.returncode}: " + " ".join(done.stderr.split("\n")[-2:]))
     return time.monotonic() - began
+
+
+@measure
+def tool_start(bench: Bench, side: str) -> Figures:
+    """The best of ten runs of a tool that has next to nothing to do, its bytecode being cached."""
+    argv, where = [*bench.world.tool(side, "pw"), "show", "user5", "-f", bench.world.passwd(10)], {}
+    if argv[1][-3:] == ".py":
+        program, argv[1:2] = argv[1], ["-m", "pureftpd"]
+        where = {"PYTHONPATH": os.path.dirname(program), "PYTHONPYCACHEPREFIX": bench.world.root + "/cache",
+                 "PYTHONDONTWRITEBYTECODE": ""}
+    runs = []
+    for _ in range(11):
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = run_timed(argv, **where)
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        runs.append((seconds, now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime))
+    seconds, cpu = map(min, zip(*runs[1:]))
+    return {"ms": seconds * 1e3, "us": cpu * 1e6}
 
 
 @measure
