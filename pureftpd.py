@@ -218,7 +218,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import islice
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 VERSION = "1.0"
@@ -443,7 +443,7 @@ def immortal_holds(head: bytes) -> bool:
 
 
 def objects_alive(mortal: "tuple[type, ...]") -> "list[Any]":
-    """All objects that can be reached, but for those of the types `mortal`."""
+    """All objects that can be reached, but for those of the types `mortal`; code's constants, which the collector skips, too."""
     import gc
     found: "dict[int, Any]" = {}
     fresh: "list[Any]" = gc.get_objects()
@@ -451,7 +451,7 @@ def objects_alive(mortal: "tuple[type, ...]") -> "list[Any]":
         news = {id(thing): thing for thing in fresh}
         things = {address: news[address] for address in news.keys() - found.keys() if not isinstance(news[address], mortal)}
         found.update(things)
-        fresh = gc.get_referents(*things.values())
+        fresh = gc.get_referents(*things.values(), *[thing.co_consts for thing in things.values() if isinstance(thing, CodeType)])
     return list(found.values())
 
 
