@@ -13887,8 +13887,10 @@ class Server(Reception):
 # of this very login; no other client's keys open it. Where Python gives no way to set them, each client gets a context
 # made anew, whose keys OpenSSL has drawn: the same, but slower.
 #
-# No other process has the certificate's key: children drop the contexts that are not their client's, and what reading
-# a file leaves in free memory (stdio's and OpenSSL's buffers) is overwritten before the next fork.
+# No other process has the certificate's key: children drop the contexts that are not their client's. Here a file is read into
+# pages of its own, which go with it. OpenSSL leaves what it has read in memory that it frees, which is overwritten before
+# anything else is made: what lives long would keep some of it in room that it does not fill. Such things OpenSSL makes with
+# its first key (345 pieces of memory), so it reads a certificate before (openssl_ready()), and with errors.
 #
 # Measured (8 clients at once): a context costs PRIV 0.75 ms of CPU, and every fork the release of all other clients'.
 
@@ -13913,6 +13915,7 @@ class Certificates:
         for paths, fds in (before.good.items() if before else ()):
             self.good[paths] = [os.dup(fd) for fd in fds]
         try:
+            openssl_ready(ssl, pem_certificate(options.certfile[0]))
             self.context_of(options.certfile)
             self.warn_of_expiry(options.certfile[0])
             self.warn_of_readers(options.certfile[1])
@@ -13974,7 +13977,8 @@ class Certificates:
         if paths not in self.good:
             return None
         try:
-            return tls_context(self.ssl, self.options, *("/proc/self/fd/%d" % fd for fd in self.good[paths]))
+            certificate, key = ("/proc/self/fd/%d" % fd for fd in self.good[paths])
+            return tls_context(self.ssl, self.options, certificate, key, self.libssl)
         except (OSError, ValueError):                       # no /proc here
             return None
 
@@ -13991,10 +13995,10 @@ class Certificates:
         """An SSLContext from these files, whose content is kept. Raises OSError, ValueError."""
         before = self.good.get(paths, [])
         if not hasattr(os, "memfd_create") or before and all(map(file_is, paths, before)):
-            return tls_context(self.ssl, self.options, *paths)
+            return tls_context(self.ssl, self.options, *paths, self.libssl)
         copies = [memory_copy(path) for path in paths]
         try:
-            context = tls_context(self.ssl, self.options, *paths)
+            context = tls_context(self.ssl, self.options, *paths, self.libssl)
             if all(map(file_is, paths, copies)):            # what was read is what was copied
                 self.good[paths], copies = copies, before
             return context
@@ -14033,7 +14037,7 @@ class Certificates:
 
     def warn_of_expiry(self, path: str) -> "float | None":
         """When the certificate ends, in seconds since 1970; None when there is none. Raises OSError."""
-        ends = certificate_end(self.ssl, pem_text(path))
+        ends = certificate_end(self.ssl, pem_certificate(path))
         if ends is not None and ends - time.time() < EXPIRY_DAYS * 86400:
             self.log.warning("The certificate %s %s %s" % (
                 path, "ends" if ends > time.time() else "has ended",
@@ -14041,22 +14045,32 @@ class Certificates:
         return ends
 
 
-def pem_text(path: str) -> str:
-    """What a file says, which should be PEM. Raises OSError."""
-    with open(path, encoding="ascii", errors="replace") as file:
-        return file.read(CERTIFICATE_MAX)
+def file_pages(file: "str | int") -> memoryview:
+    """What a file says (by path or descriptor), at most CERTIFICATE_MAX bytes of it; its `obj` is an mmap. Raises OSError."""
+    from mmap import mmap as new_pages
+    pages = new_pages(-1, CERTIFICATE_MAX)
+    with open(file, "rb", buffering=0, closefd=isinstance(file, str)) as opened:
+        opened.seek(0)
+        return memoryview(pages)[:opened.readinto(pages)]
+
+
+def pem_certificate(path: str) -> str:
+    """The first certificate of a file, PEM; "" when there is none. Raises OSError."""
+    pages: Any = file_pages(path).obj
+    start, end = (pages.find(b"-----%s CERTIFICATE-----" % word) for word in (b"BEGIN", b"END"))
+    return pages[start:end].decode("ascii", "ignore") + "-----END CERTIFICATE-----\n" if 0 <= start < end else ""
 
 
 def certificate_reason(paths: "tuple[str, str]", error: Exception) -> str:
     """Why these two files (or one twice) cannot be used, where OpenSSL leaves it at "PEM lib"."""
     for path, kind in zip(paths, ("CERTIFICATE", "PRIVATE KEY")):
         try:
-            text = pem_text(path)
+            pages: Any = file_pages(path).obj
         except OSError as problem:
             return f"{path}: {problem.strerror}"
-        if kind + "-----" not in text:
+        if pages.find(kind.encode() + b"-----") < 0:
             return f"{path}: there is no {kind.lower()} in it"
-        if kind == "PRIVATE KEY" and "ENCRYPTED" in text:
+        if kind == "PRIVATE KEY" and pages.find(b"ENCRYPTED") >= 0:
             return f"{path}: the key has a passphrase, which nobody is asked for: remove it with openssl pkey"
     return f"{paths[0]}: {tls_reason(error)}"
 
@@ -14074,20 +14088,26 @@ def files_state(paths: "tuple[str, ...]") -> Any:
 
 def memory_copy(path: str) -> int:
     """A memfd with the content of a file. Raises OSError."""
-    with open(path, "rb") as file:
-        data = file.read(CERTIFICATE_MAX)
+    pages = file_pages(path)
     fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
-    os.write(fd, data)
+    os.write(fd, pages)
     return fd
 
 
 def file_is(path: str, fd: int) -> bool:
     """Whether the file still has the content that `fd` keeps."""
-    with open(path, "rb") as file:
-        return file.read(CERTIFICATE_MAX) == os.pread(fd, CERTIFICATE_MAX, 0)
+    return file_pages(path) == file_pages(fd)
 
 
-def tls_context(ssl: Any, options: Options, certificate: str, key: str) -> Any:
+def openssl_ready(ssl: Any, certificate: str) -> None:
+    """Have OpenSSL make what it keeps for all keys to come, by a certificate (PEM), which is no secret."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificate)
+    except (OSError, ValueError):                           # whoever uses it will hear of it
+        pass
+
+
+def tls_context(ssl: Any, options: Options, certificate: str, key: str, libssl: "LibSSL | None" = None) -> Any:
     """An SSLContext of the server's side. Raises OSError (ssl.SSLError is one), ValueError; ConfigError for -J."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     lowest_version(ssl, context, options.tlsminversion)
@@ -14096,7 +14116,9 @@ def tls_context(ssl: Any, options: Options, certificate: str, key: str) -> Any:
     # Python 3.9 to 3.11 set it: uploads cut off would pass
     context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0x80)
     context.load_cert_chain(certificate, key, password=lambda: "")      # a key with a passphrase fails, it never asks
-    memory_scrub()                          # at once: what is made next would keep some of the key in room that it does not fill
+    if libssl is not None:
+        libssl.library.OPENSSL_thread_stop()            # its errors: a file that begins with a certificate is one at first
+    memory_scrub()
     ciphers = options.tlsciphersuite or ("DEFAULT:@SECLEVEL=0" if options.tlsminversion < "1.2" else "")
     while ciphers[:3] in ("-C:", "-S:"):
         if ciphers[:3] == "-C:":                        # Compat: clients must show a certificate that ours vouches for
@@ -14121,12 +14143,9 @@ def lowest_version(ssl: Any, context: Any, version: str) -> None:
 
 
 def certificate_end(ssl: Any, pem: str) -> "float | None":
-    """When the first certificate in `pem` ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1).
-    """
-    start = pem.find("-----BEGIN CERTIFICATE-----")
-    end = pem.find("-----END CERTIFICATE-----", start)
+    """When a certificate ends, in seconds since 1970; None when that cannot be read (RFC 5280, 4.1)."""
     try:
-        der = ssl.PEM_cert_to_DER_cert(pem[start:end] + "-----END CERTIFICATE-----\n")
+        der = ssl.PEM_cert_to_DER_cert(pem)
         body = der_items(der_items(der_items(der)[0][1])[0][1])         # Certificate, TBSCertificate
         fields = body[1:] if body[0][0] == 0xA0 else body               # the version is optional
         kind, text = der_items(fields[3][1])[1]                         # Validity: notBefore, notAfter
@@ -14850,8 +14869,8 @@ PRIV_AS_ROOT = {
         "tls_reason",
     "TLS certificates":
         "Certificates.close Certificates.context_as_before Certificates.context_of Certificates.context_or_last "
-        "Certificates.context_ready Certificates.of_client Certificates.of_host certificate_reason file_is files_state "
-        "lowest_version memory_copy pem_text tls_context",
+        "Certificates.context_ready Certificates.of_client Certificates.of_host certificate_reason file_is file_pages "
+        "files_state lowest_version memory_copy tls_context",
     "Setup":
         "pidfile_remove",
 }
@@ -16219,6 +16238,8 @@ class Monitor(ToolKeeper):
     def server_child(self, channel: socket.socket, sessions: "dict[int, str]", handshakes: "tuple[int, ...]" = ()) -> None:
         self.forget_secrets()
         setup = self.setup
+        if setup.certificates is not None:
+            memory_scrub()                                      # some text of a key may have been where contexts were
         keep = [channel.fileno()] + [listener.sock.fileno() for listener in self.listeners]
         keep += setup.log.sink.descriptors()
         keep += [self.inetd.fileno()] if self.inetd else []
@@ -20474,7 +20495,7 @@ def check_tls(report: CheckReport, options: Options) -> None:
         reason = str(error) if isinstance(error, ConfigError) else certificate_reason(options.certfile, error)
         report.add(CHECK_BROKEN, reason, "-2 CERTIFICATE,KEY names both, PEM; the key must be the certificate's")
         return
-    ends = certificate_end(ssl, pem_text(options.certfile[0])) or 0
+    ends = certificate_end(ssl, pem_certificate(options.certfile[0])) or 0
     days = (ends - time.time()) / 86400
     level = CHECK_FINE if days > EXPIRY_DAYS else CHECK_UNWISE if days > 0 else CHECK_BROKEN
     report.add(level, f"the certificate {options.certfile[0]} fits its key, and {'ends' if days > 0 else 'has ended'} on "
