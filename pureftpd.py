@@ -4637,9 +4637,10 @@ def database_backend(kind: Database) -> Backend:
 # Accounts by queries of the administrator's, one a field: the original's README.MySQL and README.PGSQL. \L in a query is
 # the login, \I and \P our address and port, \R the client's address, \D the same as a number.
 #
-# What a client sent goes in by the connection's own escape function and between quotation marks, which the start demands;
-# one call runs one statement. So no name changes the shape of a query. A query yields one row of one column, or none; all
-# else is an error, and an error lets nobody in, where the original goes on without the limit.
+# What a client sent goes in by the connection's own escape function and between quotation marks, which the start demands, or
+# as a parameter beside the statement; one call runs one statement. So no name changes the shape of a query. A query yields
+# one row of one column, or none; all else is an error, and an error lets nobody in, where the original goes on without the
+# limit.
 # Every query is asked in any case, so that a user who is missing costs what one costs who is there.
 #
 # libmariadb (mysql_* of mysql.h; libmysqlclient serves as well) and libpq (libpq-fe.h) through ctypes: what returns a
@@ -4650,7 +4651,8 @@ LIBMYSQL = ("libmariadb.so.3", "libmysqlclient.so.24", "libmysqlclient.so.21", "
 LIBPQ = ("libpq.so.5", "libpq.so", "libpq.dylib")
 MYSQL_CHARSET, MYSQL_LOCAL_INFILE = 7, 8                        # of enum mysql_option
 MYSQL_VERIFY, MYSQL_CA, MYSQL_ENFORCE = 21, 27, 38              # libmariadb's; in libmysqlclient they are others
-PGSQL_OK, PGSQL_TUPLES, PGSQL_BPCHAR = 0, 2, 1042               # CONNECTION_OK, PGRES_TUPLES_OK; the type char(n)
+PGSQL_OK, PGSQL_TUPLES, PGSQL_FAILED = 0, 2, 7                  # CONNECTION_OK, PGRES_TUPLES_OK, PGRES_FATAL_ERROR
+PGSQL_BPCHAR = 1042                                             # the type char(n)
 SQL_NAME = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 -_'.:@+"
 QUERIES = {**{field.query: field.name for field in ACCOUNT_FIELDS}, "GetLogin": "login"}      # what each finds
 
@@ -4660,17 +4662,21 @@ class Query(NamedTuple):
     texts: "tuple[bytes, ...]"              # one more than there are escapes
     letters: str                            # L I P R D
     quotes: str                             # what each stands between: ' or ", a blank for nothing
+    alone: "tuple[bool, ...]"               # which are all that stands between theirs
 
 
 def parse_query(quotes: str, text: str) -> Query:
     """ValueError unless what a client sends stands between these quotes, where the connection's function can escape it."""
     import re
-    pieces, letters, places, quote, at = [], "", "", "", 0
+    pieces, letters, places, alone, quote, at = [], "", "", [], "", 0
+    literal = quotes == "'" and re.search("(?i)interval|concat|format", text)      # see pgsql_run
     for found in re.finditer("\\\\.|['\"`]", text, re.S):
         token, letter = found[0], found[0][1:].upper()
         if letter and letter in "LIPRD":
             if letter not in "PD" and (not quote or quote not in quotes):
                 raise ValueError(f"{token} must stand between quotation marks: '{token}'")
+            around = (" " + text)[found.start() - 1:found.end() + 3]
+            alone.append(quote == "'" and not literal and re.fullmatch(r"[^'\\]'\\.'[^']?", around, re.S) is not None)
             pieces.append(os.fsencode(text[at:found.start()]))
             at, letters, places = found.end(), letters + letter, places + (quote or " ")
         elif token[-1] in "'\"`" and (len(token) == 1 or quotes == "'"):       # PostgreSQL's \ escapes nothing
@@ -4679,7 +4685,20 @@ def parse_query(quotes: str, text: str) -> Query:
                 quote = "E'" if quotes == token and (before == " e" or before[1:] == "&") else token[-1]
             elif token[-1] == quote[-1]:
                 quote = ""
-    return Query((*pieces, os.fsencode(text[at:])), letters, places)
+    return Query((*pieces, os.fsencode(text[at:])), letters, places, tuple(alone))
+
+
+def query_filled(query: Query, values: "dict[str, bytes]", escape: "Callable[[bytes], bytes]",
+                 parameter: bytes = b"") -> "tuple[bytes, list[bytes]]":
+    """(the statement, the values of its parameters): `parameter` takes the place of what stands alone, marks and all."""
+    statement, bound = query.texts[0], []
+    for letter, alone, text in zip(query.letters, query.alone, query.texts[1:]):
+        if alone and parameter:
+            bound.append(values[letter])
+            statement = statement[:-1] + parameter % len(bound) + text[1:]
+        else:
+            statement += escape(values[letter]) + text
+    return statement, bound
 
 
 def query_values(user: bytes, peer: Peer) -> "dict[str, bytes]":
@@ -4709,19 +4728,18 @@ def sql_warnings(prefix: str, settings: "dict[str, Any]") -> "list[str]":
     return [f"what {', '.join(far)} knows of passwords {crosses} a network in clear: see {prefix}SSLMode"] * bool(far)
 
 
-def sql_found(settings: "dict[str, Any]", user: bytes, peer: Peer, escape: "Callable[[bytes], bytes]",
-              run: "Callable[[bytes], bytes | None]") -> "dict[str, bytes] | None":
+def sql_found(settings: "dict[str, Any]", user: bytes, peer: Peer,
+              run: "Callable[[Query, dict[str, bytes]], bytes | None]") -> "dict[str, bytes] | None":
     """What all the queries find of `user`; None when the first one finds nobody. DatabaseError names the query that fails."""
-    values = {letter: escape(value) for letter, value in query_values(user, peer).items()}
+    values = query_values(user, peer)
     found = {"mode": settings["Crypt"].encode(), "uid": settings.get("DefaultUID", b""), "gid": settings.get("DefaultGID", b"")}
     missing = False
     for directive, name in QUERIES.items():
         query = settings.get(directive)
         if query is None or found.get(name):
             continue
-        statement = query.texts[0] + b"".join(values[letter] + text for letter, text in zip(query.letters, query.texts[1:]))
         try:
-            value = run(statement)
+            value = run(query, values)
         except DatabaseError as error:
             raise DatabaseError(f"{directive}: {error}") from None
         missing = missing or name == "hash" and value is None
@@ -4776,8 +4794,8 @@ def mysql_ask(settings: "dict[str, Any]", user: bytes, password: bytes, peer: Pe
         raise DatabaseError("the server's sql_mode has ANSI_QUOTES, so \"\\L\" is the name of a column: write '\\L'")
     if settings.get("Transactions") in YES:
         mysql_run(library, handle, b"START TRANSACTION")
-    found = sql_found(settings, user, peer, lambda value: mysql_escaped(library, handle, value),
-                      lambda statement: mysql_value(library, handle, statement))
+    found = sql_found(settings, user, peer, lambda query, values: mysql_value(library, handle, query_filled(
+        query, values, lambda value: mysql_escaped(library, handle, value))[0]))
     if settings.get("Transactions") in YES:
         mysql_run(library, handle, b"COMMIT")
     library.mysql_close(handle)
@@ -4881,8 +4899,7 @@ def pgsql_ask(settings: "dict[str, Any]", user: bytes, password: bytes, peer: Pe
         return None
     library = pgsql_library()
     handle = pgsql_connect(library, settings)
-    found = sql_found(settings, user, peer, lambda value: pgsql_escaped(library, handle, value),
-                      lambda statement: pgsql_value(library, handle, statement))
+    found = sql_found(settings, user, peer, lambda query, values: pgsql_value(library, handle, query, values))
     library.PQfinish(handle)
     return found
 
@@ -4915,10 +4932,28 @@ def pgsql_escaped(library: Any, handle: Any, value: bytes) -> bytes:
     return area.raw[:length]
 
 
-def pgsql_value(library: Any, handle: Any, statement: bytes) -> "bytes | None":
+def pgsql_run(library: Any, handle: Any, query: Query, values: "dict[str, bytes]", parameter: bytes = b" $%d ") -> Any:
+    """The result of a query. What stands alone is a parameter, with a number of its own and no type declared.
+
+    The server gives it the type of a literal there, so that the query finds the same. Where it cannot (a domain, text '\\L',
+    $$'\\L'$$) that is an error, nothing is done, and the values go in by the escape function. So they do at once in queries
+    with concat() and format(), whose arguments can be of any type: that error would be in the server's log at each login. And
+    where an interval is: '5'::interval hour is five hours, and as a parameter five seconds.
+    """
+    import ctypes as c
+    statement, bound = query_filled(query, values, lambda value: pgsql_escaped(library, handle, value), parameter)
+    texts = (c.c_char_p * len(bound))(*bound)
+    result = library.PQexecParams(handle, statement, len(bound), None, texts, None, None, 0)    # one statement, unlike PQexec
+    if bound and library.PQresultStatus(result) == PGSQL_FAILED and library.PQstatus(handle) == PGSQL_OK:
+        library.PQclear(result)
+        return pgsql_run(library, handle, query, values, b"")
+    return result
+
+
+def pgsql_value(library: Any, handle: Any, query: Query, values: "dict[str, bytes]") -> "bytes | None":
     """The one value that a query yields, nothing for NULL; None for no row. Blanks that char(n) adds are cut. DatabaseError."""
     import ctypes as c
-    result = library.PQexecParams(handle, statement, 0, None, None, None, None, 0)      # takes one statement, unlike PQexec
+    result = pgsql_run(library, handle, query, values)
     try:
         if library.PQresultStatus(result) != PGSQL_TUPLES:
             said = c_text(library, "PQresultErrorMessage", result) if result else c_text(library, "PQerrorMessage", handle)
@@ -15097,7 +15132,8 @@ LOGIN_AS_ROOT = {
         "settings_open settings_parsed settings_read stored_demand stored_form text_fits",
     "MySQL and PostgreSQL":
         "c_text mysql_ask mysql_connect mysql_escaped mysql_library mysql_run mysql_value parse_query pgsql_ask pgsql_connect "
-        "pgsql_escaped pgsql_library pgsql_value query_values sql_demand sql_directives sql_found sql_warnings",
+        "pgsql_escaped pgsql_library pgsql_run pgsql_value query_filled query_values sql_demand sql_directives sql_found "
+        "sql_warnings",
     "LDAP":
         "LdapConnection.__init__ LdapConnection.bind LdapConnection.demand LdapConnection.option LdapConnection.reason "
         "LdapConnection.search LdapConnection.values ldap_ask ldap_attribute ldap_fields ldap_filter ldap_home ldap_library "

@@ -5072,14 +5072,17 @@ class SqlTests:
     def test_names_do_not_change_the_shape_of_a_query(self):
         names = [b"o'neil", b"a b", b"''", b"x' OR '1'='1", b"\\", b"\\'", b"a\\", b"100%", b"_", b'"', b'" OR "1"="1',
                  b"\xbf' OR 1=1 -- ", b"\xbf\\' OR 1=1 -- ",
-                 b"\xc3\xa9", b"\xff'", b"'; DELETE FROM users; --", b"joe'/*", b"joe\t", b"$$", b"\\L", b"joe' --"]
+                 b"\xc3\xa9", b"\xff'", b"'; DELETE FROM users; --", b"joe'/*", b"joe\t", b"$$", b"\\L", b"joe' --", b"$1",
+                 b"?", b"%d"]
         stored = {b"o'neil", b"a b", b"100%", b"\\", b'"', b"\xc3\xa9"}
         self.rows(*({"login": name.decode().replace("\\", self.BACKSLASH)} for name in stored))
-        for setting, some in ("original", names[:8]), ("any", names):
-            config = self.config(Names=setting)
+        beside = {name: rf"SELECT {column} FROM users WHERE CONCAT('x', login) = 'x\L'" for name, column in (
+            ("GetPW", "password"), ("GetUID", "uid"), ("GetGID", "gid"), ("GetDir", "dir"))}
+        for setting, some, queries in ("original", names[:8], {}), ("any", names, {}), ("any", names, beside):
+            config = self.config(Names=setting, **queries)
             for name in some:
                 allowed = name in stored and (setting == "any" or name in (b"o'neil", b"a b"))
-                with self.subTest(setting, name=name):
+                with self.subTest(setting, name=name, queries=queries):
                     if allowed:
                         self.assertEqual(self.login(config, user=name).name, name)
                     else:
@@ -5333,6 +5336,54 @@ class MySQLBackend(SqlTests, BackendTest):
 class PostgreSQLBackend(SqlTests, BackendTest):
     SERVER, LIBRARY, BACKSLASH = PostgreSQL, "LIBPQ", "\\"
     SLEEP, ZERO_BYTE, HUGE = "SELECT pg_sleep(20)::text", "SELECT 'nobody' || chr(0)", "SELECT REPEAT('x', 30000000)"
+
+    def test_what_stands_alone_is_no_part_of_the_statement(self):
+        self.rows({})
+        seen = "'/' || query FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        for condition, told in ((r"'\L' <> '\L@x'", " $1  <> 'joe@x'"), (r"('\r','\P')<>('\L','0')", "( $1 , $2 )<>( $3 ,'0')")):
+            with self.subTest(condition):
+                home = self.login(self.config(GetDir=f"SELECT {seen} AND {condition}")).home.decode()
+                self.assertEqual(home, f"/SELECT {seen} AND {told}")
+        for text, alone in ((r"'\L'", "y"), (r"a LIKE'\L'AND '\L'='\L'", "yyy"), (r"'\L''\L'", "nn"), (r"'a''\L'", "n"),
+                            (r"'\L''a'", "n"), (r"'\L@x'", "n"), (r"'/\L'", "n"), (r"\P+'\P'", "ny"), (r"f('\L','\R')", "yy"),
+                            (r"'\L'::interval", "n"), (r"Concat('\L', 'x')", "n")):
+            with self.subTest(text):
+                query = pureftpd.parse_query("'", text)
+                self.assertEqual(query.alone, tuple(word == "y" for word in alone))
+                statement, bound = pureftpd.query_filled(query, {"L": b"'%d", "P": b"21", "R": b"::"}, lambda value: value)
+                self.assertEqual((statement.decode(), bound),
+                                 (text.replace(r"\L", "'%d").replace(r"\P", "21").replace(r"\R", "::"), []))
+
+    def test_a_parameter_finds_what_a_literal_finds(self):
+        """Columns of the types that a name may be compared with, a row for each name, and what else the server makes of them."""
+        self.addCleanup(self.execute, "DROP TABLE typed")
+        self.execute("CREATE TABLE typed (t TEXT, v VARCHAR(20), c CHAR(10), m NAME, s TEXT COLLATE \"C\", a TEXT[], "
+                     "i INTEGER DEFAULT 5, n NUMERIC DEFAULT 5)")
+        names = ["joe", "5", "JOE", "joe ", "o'neil", "a\\b", "", "100%", "j_e", "1.26", "true", "10.0.0.1", "\xe9"]
+        for name in names:
+            text = "'%s'" % name.replace("'", "''")
+            self.execute(f"INSERT INTO typed VALUES ({(text + ', ') * 5} ARRAY[{text}])")
+        hostile = [b"now", b"$1", b"2:3", b"\xff'", b"\xbf' OR 1=1 -- ", b"\xbf\\' OR 1=1 -- ", b"' OR '1'='1"]
+        where = [f"{column} = '\\L'" for column in "tvcmsin"] + [
+            r"t || '@x' = '\L' || '@x'", r"LOWER(t) = LOWER('\L')", r"t LIKE '\L'", r"c LIKE '\L'", r"t ILIKE '\L'",
+            r"'\L' LIKE t", r"t ~ '\L'", r"t IN ('\L', 'x')", r"i IN ('\L', 6)", r"(t, i) = ('\L', '5')", r"'\L' = ANY(a)",
+            r"s < '\L'", r"t BETWEEN '\L' AND '\L'", r"t = text '\L'", r"t = $$'\L'$$", r"'\L'", r"v = '\L'::varchar(2)"]
+        what = [r"'\L'", r"'\L' || '@x'", r"LOWER('\L')", r"CONCAT('/home/', '\L')", r"FORMAT('%s', '\L')",
+                r"COALESCE(NULL, '\L')", r"CASE '\L' WHEN 'joe' THEN 7 END", r"SPLIT_PART('\L', 'o', 1)",
+                r"CAST('\L' AS CHAR(3))", r"'\L'::int", r"'\L' + '\L'", r"'\L'::interval hour", r"'\L' UNION SELECT '\L'",
+                r"ROW('\L')", r"JSONB_BUILD_OBJECT('\L', 1)", r"MAX(t || '\L') FROM typed GROUP BY t || '\L' LIMIT 1",
+                r"'\L' IS NULL", r"N'\L'", r"'\P'"]
+        for text in *("SELECT COUNT(*) FROM typed WHERE " + text for text in where), *("SELECT " + text for text in what):
+            query = pureftpd.parse_query("'", text)
+            for name in [name.encode() for name in names] + hostile:
+                found = []
+                for asked in query._replace(alone=(False,) * len(query.alone)), query:
+                    try:
+                        found.append(pureftpd.pgsql_value(self.sql.library, self.sql.handle, asked, {"L": name, "P": b"21"}))
+                    except pureftpd.DatabaseError as error:
+                        found.append(re.sub(" at character.*| LINE .*", "", str(error)))
+                with self.subTest(text, name=name):
+                    self.assertEqual(*found)
 
     def test_the_ways_to_connect_that_the_readme_knows(self):
         """Who asks is the unprivileged user; Debian's pg_hba.conf lets that one in by the socket as the role of its own name."""
