@@ -219,7 +219,7 @@ from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import islice
 from types import CodeType, SimpleNamespace
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from typing import Any, Callable, Generic, NamedTuple, TypeVar, Union
 
 VERSION = "1.0"
 
@@ -936,6 +936,9 @@ SPACED = r"(\d+)\s+(\d+)"
 SPACED_OR_ONE = r"(\d+)(?:(?:\s+|:)(\d+))?"
 COLON = r"(\d+)(?::|\s+)(\d+)"
 
+T = TypeVar("T")                                        # the type of an option's value
+Table = TypeVar("Table", bound="OptionTable")
+
 
 class Directive(NamedTuple):
     """One way in which the configuration file spells an option."""
@@ -947,33 +950,51 @@ class Directive(NamedTuple):
     offered: bool = True            # False: understood only to say what to use instead
 
 
-class Option(NamedTuple):
+class Option(Generic[T]):
     """One row of a table of options. Nothing else in this file, the README or the tests repeats it."""
-    short: str                      # "c" for -c; "" for none
-    name: str                       # the directive; in lower case, the long option and the attribute of Options
-    arg: str                        # what --help calls the argument; "" for a flag
-    parse: Callable[[str], Any]     # text -> value; ValueError("what would be right")
-    default: Any
-    help: str                       # ends with the default as one would write it: "Idle minutes [15]"
-    directive: Any = VALUE          # how the file spells the argument: a pattern or several Directive; "" not at all
-    repeat: str = "last"            # "last" counts, "count" them, "all" (tuples are joined), "place": all of the
-    #                                 command line, else all of the file
 
-    @property
-    def long(self) -> str:
-        return self.name.lower()
+    def __init__(self, short: str, name: str, arg: str, parse: "Callable[[str], T]", default: "T | tuple[()]", help: str,
+                 directive: "str | tuple[Directive, ...]" = VALUE, repeat: str = "last") -> None:
+        self.short = short              # "c" for -c; "" for none
+        self.name = name                # the directive; in lower case, the long option
+        self.arg = arg                  # what --help calls the argument; "" for a flag
+        self.parse = parse              # text -> value; ValueError("what would be right")
+        self.default: Any = default
+        self.help = help                # ends with the default as one would write it: "Idle minutes [15]"
+        self.directive = directive      # how the file spells the argument: a pattern or several Directive; "" not at all
+        self.repeat = repeat            # "last" counts, "count" them, "all" (tuples are joined), "place": all of the
+        #                                 command line, else all of the file
+        self.long, self.attribute = name.lower(), ""
+
+    def __set_name__(self, table: type, name: str) -> None:
+        self.attribute = name
+
+    def __get__(self, options: object, table: type) -> T:
+        """The value that nobody has set, and its type for who checks types: options_merge() puts all values into the object."""
+        value: T = self.default
+        return value
 
 
-class Options(SimpleNamespace):
-    """The values of one table, an attribute for each row: options.maxclientsnumber.
-
-    `origins` says of each attribute that was given where: "-c 10" or "FILE:LINE: MaxClientsNumber 10".
+class OptionTable:
+    """A table: its attributes are the rows and, in capitals, the headings of --help. An object of it has the values in their
+    place: options.maxclientsnumber.
     """
+
+    rows: "tuple[Option[Any], ...]" = ()
+    by_topic: "tuple[Option[Any] | str, ...]" = ()          # the headings among them
+    origins: "dict[str, str]"           # of each long option that was given where: "-c 10" or "FILE:LINE: MaxClientsNumber 10"
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+    def __init_subclass__(cls) -> None:
+        cls.by_topic = tuple(value for name, value in vars(cls).items() if isinstance(value, Option) or name.isupper())
+        cls.rows = tuple(row for row in cls.by_topic if isinstance(row, Option))
 
 
 class Given(NamedTuple):
     """One option as somebody gave it."""
-    row: Option
+    row: "Option[Any]"
     value: Any
     where: str                      # "-c 10" or "FILE:LINE: MaxClientsNumber 10"
 
@@ -985,16 +1006,16 @@ class ConfigArgument(NamedTuple):
     argument: str                   # "--maxclientsnumber=10"
 
 
-def options_parse(rows: "tuple[Any, ...]", argv: "list[str]", program: str) -> "tuple[Options, list[str]]":
-    """(Options, arguments that are no options) of `argv`, which does not hold the program's name.
+def options_parse(table: "type[Table]", argv: "list[str]", program: str) -> "tuple[Table, list[str]]":
+    """(the values, arguments that are no options) of `argv`, which does not hold the program's name.
 
     `program` is what the reader types before --help. Raises ConfigError.
     """
-    given, rest = options_given(rows, argv, program)
-    return options_merge(rows, given), rest
+    given, rest = options_given(table.rows, argv, program)
+    return options_merge(table, given), rest
 
 
-def options_given(rows: "tuple[Any, ...]", argv: "list[str]", program: str) -> "tuple[list[Given], list[str]]":
+def options_given(rows: "tuple[Option[Any], ...]", argv: "list[str]", program: str) -> "tuple[list[Given], list[str]]":
     """([Given ...] in the order of `argv`, arguments that are no options); ConfigError."""
     import getopt
     switches = {switch: row for row in rows for switch in ("-" + row.short, "--" + row.long)}
@@ -1007,7 +1028,7 @@ def options_given(rows: "tuple[Any, ...]", argv: "list[str]", program: str) -> "
     return [option_given(switches[switch], text, f"{switch} {text}".rstrip()) for switch, text in pairs], rest
 
 
-def option_misuse(rows: "tuple[Any, ...]", error: Any, program: str) -> str:
+def option_misuse(rows: "tuple[Option[Any], ...]", error: Any, program: str) -> str:
     """What is wrong with an option that getopt refused, and the remedy."""
     is_long = "--" + error.opt in error.msg
     dashes = "--" if is_long else "-"
@@ -1032,7 +1053,7 @@ def did_you_mean(word: str, names: "Iterable[str]", prefix: str = "") -> str:
     return f", did you mean {prefix}{by_lower[near[0]]}?" if near else ""
 
 
-def option_given(row: Option, text: str, where: str) -> Given:
+def option_given(row: "Option[Any]", text: str, where: str) -> Given:
     """`text` judged by its row; ConfigError names `where`."""
     where = printable(os.fsencode(where))
     try:
@@ -1042,18 +1063,18 @@ def option_given(row: Option, text: str, where: str) -> Given:
     return Given(row, value, where)
 
 
-def options_merge(rows: "tuple[Any, ...]", *sources: "list[Given]") -> Options:
-    """The Options that lists of Given make, the first of them the strongest; defaults fill the rest."""
+def options_merge(table: "type[Table]", *sources: "list[Given]") -> Table:
+    """The values that lists of Given make, the first of them the strongest; defaults fill the rest."""
     values, origins = {}, {}
-    for row in rows:
+    for row in table.rows:
         by_source = [[given for given in source if given.row is row] for source in sources]
         strongest: "list[Given]" = next(filter(None, by_source), [])
         chosen = sum(by_source, []) if row.repeat in ("all", "count") else strongest
-        values[row.long] = row.default
+        values[row.attribute] = row.default
         if chosen:
-            values[row.long] = option_combine(row.repeat, [given.value for given in chosen])
+            values[row.attribute] = option_combine(row.repeat, [given.value for given in chosen])
             origins[row.long] = strongest[-1].where
-    return Options(**values, origins=origins)
+    return table(**values, origins=origins)
 
 
 def option_combine(repeat: str, values: "list[Any]") -> Any:
@@ -1065,7 +1086,7 @@ def option_combine(repeat: str, values: "list[Any]") -> Any:
     return sum(values, ())
 
 
-def options_help(rows: "tuple[Any, ...]", usage: str) -> str:
+def options_help(rows: "tuple[Option[Any] | str, ...]", usage: str) -> str:
     """The text of --help, as wide as the terminal, and no wider than 100. A plain string among the rows is a heading."""
     import textwrap
     width = help_width()
@@ -1112,7 +1133,7 @@ def help_usage(usage: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def option_left(row: Option) -> str:
+def option_left(row: "Option[Any]") -> str:
     """How --help shows the switches of a row: "  -c, --maxclientsnumber=n"."""
     short = f"-{row.short}," if row.short else ""
     return f"  {short:3} --{row.long}{'=' * bool(row.arg)}{row.arg}"
@@ -1152,9 +1173,9 @@ def whole_number(text: "str | bytes", most: int = 2**63 - 1, least: int = 0) -> 
     return int(text) if is_digits(text) and least <= int(text) <= most else None
 
 
-def whole_pair(low: int, what: str, times: "tuple[Any, ...]" = (1, 1)) -> "Callable[[str], tuple[Any, ...]]":
+def whole_pair(low: int, what: str, times: "tuple[int, int]" = (1, 1)) -> "Callable[[str], tuple[int, int]]":
     """A parser of `what`, two numbers with a colon between, both at least `low`; each is multiplied by `times`."""
-    def parse(text: str) -> "tuple[Any, ...]":
+    def parse(text: str) -> "tuple[int, int]":
         first, _, second = text.partition(":")
         if not (is_digits(first) and is_digits(second)):
             raise ValueError(f"must be {what}, two whole numbers")
@@ -1164,7 +1185,7 @@ def whole_pair(low: int, what: str, times: "tuple[Any, ...]" = (1, 1)) -> "Calla
     return parse
 
 
-def parse_percentage(text: str) -> Any:
+def parse_percentage(text: str) -> "int | None":
     """1 to 100, or None for 0. Compat: 0 never kept anybody from uploading ('k' in ftpd.c)."""
     return whole(0, 100)(text) or None
 
@@ -1188,7 +1209,7 @@ def parse_path(text: str) -> str:
     return text if text.startswith("/") else os.path.join(os.getcwd(), text)
 
 
-def parse_certificate(text: str) -> "tuple[Any, ...]":
+def parse_certificate(text: str) -> "tuple[str, str]":
     """(certificate file, key file) of "cert[,key]"; the key is in the certificate's file when none is named."""
     cert, comma, key = text.partition(",")
     if not cert or comma and not key:
@@ -1196,7 +1217,7 @@ def parse_certificate(text: str) -> "tuple[Any, ...]":
     return parse_path(cert), parse_path(key or cert)
 
 
-def parse_port_range(text: str) -> "tuple[Any, ...]":
+def parse_port_range(text: str) -> "tuple[int, int]":
     """(first, last) of "first:last"."""
     first, _, last = text.partition(":")
     if not (is_digits(first) and is_digits(last)):
@@ -1206,7 +1227,7 @@ def parse_port_range(text: str) -> "tuple[Any, ...]":
     return int(first), int(last)
 
 
-def parse_bandwidth(text: str) -> "tuple[Any, ...]":
+def parse_bandwidth(text: str) -> "tuple[int, int]":
     """(upload, download) in bytes/s of "both", "up:down", "up:" or ":down" in KB/s; 0 is no limit."""
     up, colon, down = text.partition(":")
     if not colon:
@@ -1219,7 +1240,7 @@ def parse_bandwidth(text: str) -> "tuple[Any, ...]":
     return 1024 * int(up or 0), 1024 * int(down or 0)
 
 
-def parse_masks(text: str) -> "tuple[Any, ...]":
+def parse_masks(text: str) -> "tuple[int, int]":
     """(files, directories) of "both", "files:dirs", "files:" or ":dirs", all octal."""
     files, colon, dirs = text.partition(":")
     if not colon:
@@ -1250,7 +1271,7 @@ def parse_facility(text: str) -> str:
 TRANSFER_LOGS = ("clf", "stats", "w3c", "xferlog", "json")
 
 
-def parse_log(text: str) -> "tuple[Any, ...]":
+def parse_log(text: str) -> "tuple[tuple[str, str], ...]":
     """((format, path),) of "format:path", or of a path, which means clf."""
     form, _, path = ("clf", ":", text) if text.startswith("/") else text.partition(":")
     if form.lower() not in TRANSFER_LOGS or not path.startswith("/"):
@@ -1274,7 +1295,7 @@ LOGIN_METHODS = {
 LOGINS = ", ".join(name + f":{arg}" * bool(arg) for name, (arg, why_not) in LOGIN_METHODS.items() if not why_not)
 
 
-def parse_login(text: str) -> "tuple[Any, ...]":
+def parse_login(text: str) -> "tuple[tuple[str, str | None], ...]":
     """((method, argument or None),) of "method" or "method:argument"."""
     method, _, argument = text.partition(":")
     method = method.lower()
@@ -1300,7 +1321,7 @@ def parse_address(text: str) -> str:
     raise ValueError("must be an IPv4 or IPv6 address")
 
 
-def parse_trusted(text: str) -> "tuple[Any, ...]":
+def parse_trusted(text: str) -> "tuple[str, ...]":
     return parse_address(text),
 
 
@@ -1364,12 +1385,12 @@ parse_tls_version = one_of("1.0", "1.1", "1.2", "1.3")
 parse_reuse = one_of("off", "auto", "on")
 
 
-def parse_networks(text: str) -> "tuple[Any, ...]":
+def parse_networks(text: str) -> "tuple[Network, ...]":
     """Networks, separated by commas."""
     return tuple(parse_network(item.strip()) for item in text.split(","))
 
 
-def parse_passive(text: str) -> "tuple[Any, ...]":
+def parse_passive(text: str) -> "tuple[tuple[Network | None, str], ...]":
     """((client Network or None for any, IPv4 address or host name to tell), ...) of "[network=]address,...".
 
     Nothing is told over IPv6 (RFC 2428, 3): addresses and networks are IPv4.
@@ -1388,7 +1409,7 @@ def parse_passive(text: str) -> "tuple[Any, ...]":
     return tuple(found)
 
 
-def parse_endpoint(text: str) -> "tuple[Any, ...]":
+def parse_endpoint(text: str) -> "tuple[tuple[str | None, int | None], ...]":
     """((host or None, port or None),) of "host,port", "host,", ",port", "port" or "host" to listen on.
 
     Compat: a lone word is a port as in the original, unless it is an address or has a dot; [host]:port too.
@@ -1427,9 +1448,9 @@ def parse_ciphers(text: str) -> str:
     return text
 
 
-def not_offered(reason: str) -> Callable[[str], Any]:
+def not_offered(reason: str) -> "Callable[[str], str]":
     """A parser for what the original has and this program does not."""
-    def parse(text: str) -> Any:
+    def parse(text: str) -> str:
         raise ValueError(reason)
     return parse
 
@@ -1460,139 +1481,152 @@ BONJOUR_DIRECTIVES = (Directive("Bonjour", "name", WORD, offered=False),)
 DEFAULT_CERTIFICATE = ("/etc/ssl/private/pure-ftpd.pem",) * 2   # and its key
 NO_BONJOUR = "Bonjour is not offered: let Avahi (a file in /etc/avahi/services) or dns-sd announce the server"
 
-# fmt: off
 OPTION_HELP = Option("h", "Help", "", flag, False, "Show this and exit.", "")
 
-OPTIONS_BY_TOPIC = (
-    "Listening and running",
-    Option("S", "Bind", "[host,][port]", parse_endpoint, (),
-           "Where to listen; repeatable. All addresses, port 21 (2121 if not root) when not given.", WORD, "place"),
-    Option("4", "IPV4Only", "", flag, False, "Listen to IPv4 only."),
-    Option("6", "IPV6Only", "", flag, False, "Listen to IPv6 only."),
-    Option("B", "Daemonize", "", flag, False, "Run in the background."),
-    Option("g", "PIDFile", "file", parse_path, None, "Where to write the process id."),
-    Option("", "StateDir", "dir", parse_path, None, "Directory for the scoreboard and the upload pipe."),
-    Option("", "Env", "", flag, False, "In a container: do as the environment variables say that stilliard/pure-ftpd, "
-           "delfer/alpine-ftp-server and fauria/vsftpd know.", ""),
+
+class Options(OptionTable):
+    """Those of pure-ftpd(8), and ours."""
+
+    # fmt: off
+    LISTENING = "Listening and running"
+    bind = Option("S", "Bind", "[host,][port]", parse_endpoint, (),
+        "Where to listen; repeatable. All addresses, port 21 (2121 if not root) when not given.", WORD, "place")
+    ipv4only = Option("4", "IPV4Only", "", flag, False, "Listen to IPv4 only.")
+    ipv6only = Option("6", "IPV6Only", "", flag, False, "Listen to IPv6 only.")
+    daemonize = Option("B", "Daemonize", "", flag, False, "Run in the background.")
+    pidfile = Option("g", "PIDFile", "file", parse_path, "", "Where to write the process id.")
+    statedir = Option("", "StateDir", "dir", parse_path, "", "Directory for the scoreboard and the upload pipe.")
+    env = Option("", "Env", "", flag, False,
+        "In a container: do as the environment variables say that stilliard/pure-ftpd, delfer/alpine-ftp-server and "
+        "fauria/vsftpd know.", "")
     # Compat: the original cuts it to half the ports of -p
-    Option("c", "MaxClientsNumber", "n", whole(1), 50, "Clients at once [50]"),
-    Option("", "ProxyFrom", "network", parse_networks, (), "Networks of load balancers: what comes from there must begin with a "
-           "PROXY protocol header, which tells the client; commas between several; repeatable.", WORD, "all"),
-    Option("C", "MaxClientsPerIP", "n", whole(1), 0, "Clients at once from one address or IPv6 /64; no limit when not given."),
-    Option("I", "MaxIdleTime", "minutes", whole(1, 2**24, 60), 900, "Disconnect a client idle for so long [15]"),
+    maxclientsnumber = Option("c", "MaxClientsNumber", "n", whole(1), 50, "Clients at once [50]")
+    proxyfrom = Option("", "ProxyFrom", "network", parse_networks, (),
+        "Networks of load balancers: what comes from there must begin with a PROXY protocol header, which tells the client; "
+        "commas between several; repeatable.", WORD, "all")
+    maxclientsperip = Option("C", "MaxClientsPerIP", "n", whole(1), 0,
+        "Clients at once from one address or IPv6 /64; no limit when not given.")
+    maxidletime = Option("I", "MaxIdleTime", "minutes", whole(1, 2**24, 60), 900, "Disconnect a client idle for so long [15]")
 
-    "Who may log in",
-    Option("l", "Login", "method[:file]", parse_login, (),
-           f"Where accounts are: {LOGINS}. Repeatable: asked in that order.", LOGIN_DIRECTIVES, "all"),
-    Option("e", "AnonymousOnly", "", flag, False, "Anonymous users only."),
-    Option("E", "NoAnonymous", "", flag, False, "No anonymous users."),
-    Option("u", "MinUID", "uid", whole(0, 2**32 - 2), 0, "Lowest user id that may log in [0]"),
-    Option("", "MinGID", "gid", whole(0, 2**32 - 2), None, "Lowest id of a user's own group; that of -u when not given."),
-    Option("V", "TrustedIP", "address", parse_trusted, (),
-           "Accounts log in at this address of ours only, others are for anonymous users; repeatable.", WORD, "all"),
-    Option("y", "PerUserLimits", "users:anonymous", whole_pair(0, "users:anonymous"), None,
-           "Sessions of one account, and of all anonymous users, at once; 0 is no limit.", COLON),
-    Option("F", "FortunesFile", "file", parse_path, None, "Greet with a random entry of this file."),
-    Option("", "BanAfter", "n", whole(0, 1000), 20,
-           "Wrong passwords of one address (IPv6: /64) until it is banned; 0: neither slowed down nor banned [20]"),
-    Option("", "BanTime", "minutes", whole(1, 2**20, 60), 600, "How long a ban lasts [10]"),
-    Option("", "Remember", "minutes", whole(0, 1440, 60), 600,
-           "How long a right password is remembered, so that an expensive hash need not be computed again; 0: not at all [10]"),
-    Option("", "NeverBan", "network", parse_networks, (), "Networks never slowed down nor banned; commas between "
-           "several; repeatable.", WORD, "all"),
+    LOGIN = "Who may log in"
+    login = Option("l", "Login", "method[:file]", parse_login, (),
+        f"Where accounts are: {LOGINS}. Repeatable: asked in that order.", LOGIN_DIRECTIVES, "all")
+    anonymousonly = Option("e", "AnonymousOnly", "", flag, False, "Anonymous users only.")
+    noanonymous = Option("E", "NoAnonymous", "", flag, False, "No anonymous users.")
+    minuid = Option("u", "MinUID", "uid", whole(0, 2**32 - 2), 0, "Lowest user id that may log in [0]")
+    mingid = Option("", "MinGID", "gid", whole(0, 2**32 - 2), None, "Lowest id of a user's own group; that of -u when not given.")
+    trustedip = Option("V", "TrustedIP", "address", parse_trusted, (),
+        "Accounts log in at this address of ours only, others are for anonymous users; repeatable.", WORD, "all")
+    peruserlimits = Option("y", "PerUserLimits", "users:anonymous", whole_pair(0, "users:anonymous"), None,
+        "Sessions of one account, and of all anonymous users, at once; 0 is no limit.", COLON)
+    fortunesfile = Option("F", "FortunesFile", "file", parse_path, "", "Greet with a random entry of this file.")
+    banafter = Option("", "BanAfter", "n", whole(0, 1000), 20,
+        "Wrong passwords of one address (IPv6: /64) until it is banned; 0: neither slowed down nor banned [20]")
+    bantime = Option("", "BanTime", "minutes", whole(1, 2**20, 60), 600, "How long a ban lasts [10]")
+    remember = Option("", "Remember", "minutes", whole(0, 1440, 60), 600,
+        "How long a right password is remembered, so that an expensive hash need not be computed again; 0: not at all [10]")
+    neverban = Option("", "NeverBan", "network", parse_networks, (),
+        "Networks never slowed down nor banned; commas between several; repeatable.", WORD, "all")
 
-    "Where users get and what they may do",
-    Option("A", "ChrootEveryone", "", flag, False, "Lock every user into their home."),
-    Option("a", "TrustedGID", "gid", whole(0, 2**32 - 2), None, "Like -A, except for members of this group."),
-    Option("j", "CreateHomeDir", "", flag, False, "Create a home that is missing."),
-    Option("U", "Umask", "files:dirs", parse_masks, (0o133, 0o022),
-           "Permissions that new files and directories do not get, octal [133:022]", COLON),
-    Option("G", "NoRename", "", flag, False, "Nobody renames."),
-    Option("K", "KeepAllFiles", "", flag, False, "Nobody deletes files."),
-    Option("R", "NoChmod", "", flag, False, "Nobody changes permissions."),
-    Option("Z", "CustomerProof", "", flag, False, "Users cannot lock themselves out with permissions."),
-    Option("", "AllowSymlinks", "", flag, False, "Users may make symbolic links (SITE SYMLINK), to what is beside or below "
-           "them."),
-    Option("x", "ProhibitDotFilesWrite", "", flag, False, "Names that begin with a dot are not written."),
-    Option("X", "ProhibitDotFilesRead", "", flag, False, "Names that begin with a dot are not read either."),
-    Option("D", "DisplayDotFiles", "", flag, False, "LIST shows names that begin with a dot without -a."),
-    Option("L", "LimitRecursion", "files:depth", whole_pair(1, "files:depth"), (10000, 5),
-           "A listing ends after so many files, and goes down so many directories [10000:5]", SPACED),
+    RIGHTS = "Where users get and what they may do"
+    chrooteveryone = Option("A", "ChrootEveryone", "", flag, False, "Lock every user into their home.")
+    trustedgid = Option("a", "TrustedGID", "gid", whole(0, 2**32 - 2), None, "Like -A, except for members of this group.")
+    createhomedir = Option("j", "CreateHomeDir", "", flag, False, "Create a home that is missing.")
+    umask = Option("U", "Umask", "files:dirs", parse_masks, (0o133, 0o022),
+        "Permissions that new files and directories do not get, octal [133:022]", COLON)
+    norename = Option("G", "NoRename", "", flag, False, "Nobody renames.")
+    keepallfiles = Option("K", "KeepAllFiles", "", flag, False, "Nobody deletes files.")
+    nochmod = Option("R", "NoChmod", "", flag, False, "Nobody changes permissions.")
+    customerproof = Option("Z", "CustomerProof", "", flag, False, "Users cannot lock themselves out with permissions.")
+    allowsymlinks = Option("", "AllowSymlinks", "", flag, False,
+        "Users may make symbolic links (SITE SYMLINK), to what is beside or below them.")
+    prohibitdotfileswrite = Option("x", "ProhibitDotFilesWrite", "", flag, False, "Names that begin with a dot are not written.")
+    prohibitdotfilesread = Option("X", "ProhibitDotFilesRead", "", flag, False,
+        "Names that begin with a dot are not read either.")
+    displaydotfiles = Option("D", "DisplayDotFiles", "", flag, False, "LIST shows names that begin with a dot without -a.")
+    limitrecursion = Option("L", "LimitRecursion", "files:depth", whole_pair(1, "files:depth"), (10000, 5),
+        "A listing ends after so many files, and goes down so many directories [10000:5]", SPACED)
 
-    "Anonymous users",
-    Option("i", "AnonymousCantUpload", "", flag, False, "They do not upload."),
-    Option("M", "AnonymousCanCreateDirs", "", flag, False, "They may create directories."),
-    Option("s", "AntiWarez", "", flag, False, "They do not download what belongs to user ftp."),
-    Option("z", "AllowDotFiles", "", flag, False, "They may read names that begin with a dot."),
-    Option("m", "MaxLoad", "load", parse_load, None, "They do not download while the system load is higher."),
-    Option("", "AnonymousHash", "", flag, False, "They may ask for hashes of files (HASH, XMD5, ...), which the server "
-           "computes."),
+    ANONYMOUS = "Anonymous users"
+    anonymouscantupload = Option("i", "AnonymousCantUpload", "", flag, False, "They do not upload.")
+    anonymouscancreatedirs = Option("M", "AnonymousCanCreateDirs", "", flag, False, "They may create directories.")
+    antiwarez = Option("s", "AntiWarez", "", flag, False, "They do not download what belongs to user ftp.")
+    allowdotfiles = Option("z", "AllowDotFiles", "", flag, False, "They may read names that begin with a dot.")
+    maxload = Option("m", "MaxLoad", "load", parse_load, None, "They do not download while the system load is higher.")
+    anonymoushash = Option("", "AnonymousHash", "", flag, False,
+        "They may ask for hashes of files (HASH, XMD5, ...), which the server computes.")
 
-    "Uploads, quotas, ratios, bandwidth",
-    Option("0", "NoTruncate", "", flag, False, "Uploads replace the old file when they are complete."),
-    Option("r", "AutoRename", "", flag, False, "Uploads replace no file: they become NAME.1, NAME.2, ..."),
-    Option("o", "UploadScript", "", flag, False, "Tell pure-uploadscript of uploads.", UPLOAD_DIRECTIVES),
-    Option("k", "MaxDiskUsagePct", "percent", parse_percentage, None,
-           "No uploads while the disk is fuller than this.", DISK_DIRECTIVES),
-    Option("n", "Quota", "files:MB", whole_pair(0, "files:MB", (1, 2**20)), None,
-           "Files and megabytes that an account may keep.", COLON),
-    Option("q", "AnonymousRatio", "up:down", whole_pair(1, "up:down"), None,
-           "1:10 lets anonymous users download ten bytes for one uploaded.", SPACED),
-    Option("Q", "UserRatio", "up:down", whole_pair(1, "up:down"), None, "The same for everybody.", SPACED),
-    Option("t", "AnonymousBandwidth", "[up:]down", parse_bandwidth, None,
-           "KB/s of an anonymous session; one number is for both ways.", SPACED_OR_ONE),
-    Option("T", "UserBandwidth", "[up:]down", parse_bandwidth, None, "The same for every session.", SPACED_OR_ONE),
+    LIMITS = "Uploads, quotas, ratios, bandwidth"
+    notruncate = Option("0", "NoTruncate", "", flag, False, "Uploads replace the old file when they are complete.")
+    autorename = Option("r", "AutoRename", "", flag, False, "Uploads replace no file: they become NAME.1, NAME.2, ...")
+    uploadscript = Option("o", "UploadScript", "", flag, False, "Tell pure-uploadscript of uploads.", UPLOAD_DIRECTIVES)
+    maxdiskusagepct = Option("k", "MaxDiskUsagePct", "percent", parse_percentage, None,
+        "No uploads while the disk is fuller than this.", DISK_DIRECTIVES)
+    quota = Option("n", "Quota", "files:MB", whole_pair(0, "files:MB", (1, 2**20)), None,
+        "Files and megabytes that an account may keep.", COLON)
+    anonymousratio = Option("q", "AnonymousRatio", "up:down", whole_pair(1, "up:down"), None,
+        "1:10 lets anonymous users download ten bytes for one uploaded.", SPACED)
+    userratio = Option("Q", "UserRatio", "up:down", whole_pair(1, "up:down"), None, "The same for everybody.", SPACED)
+    anonymousbandwidth = Option("t", "AnonymousBandwidth", "[up:]down", parse_bandwidth, None,
+        "KB/s of an anonymous session; one number is for both ways.", SPACED_OR_ONE)
+    userbandwidth = Option("T", "UserBandwidth", "[up:]down", parse_bandwidth, None, "The same for every session.", SPACED_OR_ONE)
 
-    "Data connections",
-    Option("p", "PassivePortRange", "first:last", parse_port_range, None, "Ports for passive transfers.", SPACED),
-    Option("P", "ForcePassiveIP", "[net=]address", parse_passive, (),
-           "Address or name that clients (of this network) are told for passive transfers; repeatable.", WORD, "all"),
-    Option("N", "NATmode", "", flag, False, "Active transfers only."),
-    Option("w", "AllowUserFXP", "", flag, False, "Accounts may transfer between two servers."),
-    Option("W", "AllowAnonymousFXP", "", flag, False, "Everybody may: dangerous on open networks."),
-    Option("b", "BrokenClientsCompatibility", "", flag, False, "Concessions to broken clients and firewalls."),
+    DATA = "Data connections"
+    passiveportrange = Option("p", "PassivePortRange", "first:last", parse_port_range, None,
+        "Ports for passive transfers.", SPACED)
+    forcepassiveip = Option("P", "ForcePassiveIP", "[net=]address", parse_passive, (),
+        "Address or name that clients (of this network) are told for passive transfers; repeatable.", WORD, "all")
+    natmode = Option("N", "NATmode", "", flag, False, "Active transfers only.")
+    allowuserfxp = Option("w", "AllowUserFXP", "", flag, False, "Accounts may transfer between two servers.")
+    allowanonymousfxp = Option("W", "AllowAnonymousFXP", "", flag, False, "Everybody may: dangerous on open networks.")
+    brokenclientscompatibility = Option("b", "BrokenClientsCompatibility", "", flag, False,
+        "Concessions to broken clients and firewalls.")
 
-    "Encryption",
-    Option("Y", "TLS", "level", whole(0, 3), 0, "0: none, 1: for who asks, 2: required, 3: for data too [0]"),
-    Option("2", "CertFile", "cert[,key]", parse_certificate, DEFAULT_CERTIFICATE,
-           f"Certificate and key, PEM [{DEFAULT_CERTIFICATE[0]}]", CERTIFICATE_DIRECTIVES),
-    Option("3", "ExtCert", "dir", parse_path, None,
-           "Directory of certificates with key, NAME.pem for clients that ask for host NAME."),
-    Option("", "TLSMinVersion", "version", parse_tls_version, "1.2", "Lowest version of TLS: 1.0, 1.1, 1.2 or 1.3 [1.2]"),
-    Option("", "TLSBind", "[host,][port]", parse_endpoint, (), "Where to expect TLS without AUTH TLS (implicit FTPS, port "
-           "990); repeatable.", WORD, "place"),
-    Option("", "TLSSessionReuse", "off|auto|on", parse_reuse, "off", "Data connections must resume the TLS session of the "
-           "control connection: never, if the first one has, always [off]"),
-    Option("", "TLSLooseClose", "", flag, False, "Take uploads for complete that end without close_notify."),
-    Option("", "TLSAuthSSL", "", flag, False, "Understand AUTH SSL as AUTH TLS."),
-    Option("", "TLSSelfSigned", "", flag, False, "Make a self-signed certificate when there is none."),
-    Option("J", "TLSCipherSuite", "ciphers", parse_ciphers, None,
-           "Ciphers as OpenSSL lists them; with -C: before them clients need a certificate.", WORD),
+    ENCRYPTION = "Encryption"
+    tls = Option("Y", "TLS", "level", whole(0, 3), 0, "0: none, 1: for who asks, 2: required, 3: for data too [0]")
+    certfile = Option("2", "CertFile", "cert[,key]", parse_certificate, DEFAULT_CERTIFICATE,
+        f"Certificate and key, PEM [{DEFAULT_CERTIFICATE[0]}]", CERTIFICATE_DIRECTIVES)
+    extcert = Option("3", "ExtCert", "dir", parse_path, "",
+        "Directory of certificates with key, NAME.pem for clients that ask for host NAME.")
+    tlsminversion = Option("", "TLSMinVersion", "version", parse_tls_version, "1.2",
+        "Lowest version of TLS: 1.0, 1.1, 1.2 or 1.3 [1.2]")
+    tlsbind = Option("", "TLSBind", "[host,][port]", parse_endpoint, (),
+        "Where to expect TLS without AUTH TLS (implicit FTPS, port 990); repeatable.", WORD, "place")
+    tlssessionreuse = Option("", "TLSSessionReuse", "off|auto|on", parse_reuse, "off",
+        "Data connections must resume the TLS session of the control connection: never, if the first one has, always [off]")
+    tlslooseclose = Option("", "TLSLooseClose", "", flag, False, "Take uploads for complete that end without close_notify.")
+    tlsauthssl = Option("", "TLSAuthSSL", "", flag, False, "Understand AUTH SSL as AUTH TLS.")
+    tlsselfsigned = Option("", "TLSSelfSigned", "", flag, False, "Make a self-signed certificate when there is none.")
+    tlsciphersuite = Option("J", "TLSCipherSuite", "ciphers", parse_ciphers, None,
+        "Ciphers as OpenSSL lists them; with -C: before them clients need a certificate.", WORD)
 
-    "Logs",
-    Option("f", "SyslogFacility", "facility", parse_facility, "ftp", "Where to log: this, or stderr, or none [ftp]"),
-    Option("", "LogFile", "file", parse_path, None, "Log to this file instead; it may be moved away (logrotate)."),
-    Option("1", "LogPID", "", flag, False, "Write the process id into each line."),
-    Option("d", "VerboseLog", "", flag, 0, "Log all commands; given twice, replies too.", repeat="count"),
-    Option("H", "DontResolve", "", flag, False, "Log addresses, never ask for host names."),
-    Option("O", "AltLog", "[format:]file", parse_log, (),
-           f"Log of transfers: {', '.join(TRANSFER_LOGS)}; repeatable.", repeat="all"),
+    LOGS = "Logs"
+    syslogfacility = Option("f", "SyslogFacility", "facility", parse_facility, "ftp",
+        "Where to log: this, or stderr, or none [ftp]")
+    logfile = Option("", "LogFile", "file", parse_path, "", "Log to this file instead; it may be moved away (logrotate).")
+    logpid = Option("1", "LogPID", "", flag, False, "Write the process id into each line.")
+    verboselog = Option("d", "VerboseLog", "", flag, 0, "Log all commands; given twice, replies too.", repeat="count")
+    dontresolve = Option("H", "DontResolve", "", flag, False, "Log addresses, never ask for host names.")
+    altlog = Option("O", "AltLog", "[format:]file", parse_log, (),
+        f"Log of transfers: {', '.join(TRANSFER_LOGS)}; repeatable.", repeat="all")
 
-    "Other",
-    Option("", "NoSandbox", "", flag, False, "Do without seccomp, by which the kernel refuses the server's processes what they "
-           "never do."),
-    Option("v", "Bonjour", "name", not_offered(NO_BONJOUR), None, "Not offered.", BONJOUR_DIRECTIVES),
-    OPTION_HELP,
-    Option("", "Version", "", flag, False, "Show the version and exit; with -v, what was found here, too.", ""),
-    Option("", "Man", "", flag, False, "Print a manual page, made from this table, and exit.", ""),
-    Option("", "Completion", "shell", one_of("bash", "zsh", "fish"), None,
-           "Print what completes our options in bash, zsh or fish, and exit.", ""),
-)
-# fmt: on
-OPTIONS = tuple(row for row in OPTIONS_BY_TOPIC if isinstance(row, Option))
+    OTHER = "Other"
+    nosandbox = Option("", "NoSandbox", "", flag, False,
+        "Do without seccomp, by which the kernel refuses the server's processes what they never do.")
+    bonjour = Option("v", "Bonjour", "name", not_offered(NO_BONJOUR), None, "Not offered.", BONJOUR_DIRECTIVES)
+    help = OPTION_HELP
+    version = Option("", "Version", "", flag, False, "Show the version and exit; with -v, what was found here, too.", "")
+    man = Option("", "Man", "", flag, False, "Print a manual page, made from this table, and exit.", "")
+    completion = Option("", "Completion", "shell", one_of("bash", "zsh", "fish"), None,
+        "Print what completes our options in bash, zsh or fish, and exit.", "")
+    # fmt: on
+
+    configfiles: "tuple[str, ...]" = ()         # all that were read
+    includesmissing: "tuple[str, ...]" = ()
+    server_uid: int                             # see options_complete()
 
 
-def option_directives(row: Option) -> "tuple[Any, ...]":
+def option_directives(row: "Option[Any]") -> "tuple[Directive, ...]":
     """The Directive with which the configuration file spells `row`; () for what only switches know."""
     if isinstance(row.directive, tuple):
         return row.directive
@@ -1607,6 +1641,7 @@ def option_directives(row: Option) -> "tuple[Any, ...]":
 # -V, -P) have the items of both, those of the command line first; -d counts both. Errors name FILE:LINE.
 
 CONFIG_FILES_DEEP = 16                                  # Include in Include ..., the first file counted
+Directives = dict[str, tuple[Option[Any], Directive]]       # by their names in lower case
 
 
 def options_from_file(path: str) -> "list[ConfigArgument]":
@@ -1614,7 +1649,7 @@ def options_from_file(path: str) -> "list[ConfigArgument]":
 
     The values are judged by who parses the arguments. Raises ConfigError with FILE:LINE.
     """
-    directives = {d.name.lower(): (row, d) for row in OPTIONS for d in option_directives(row)}
+    directives = {d.name.lower(): (row, d) for row in Options.rows for d in option_directives(row)}
     try:
         path = parse_path(path)
     except ValueError as error:
@@ -1622,7 +1657,7 @@ def options_from_file(path: str) -> "list[ConfigArgument]":
     return list(config_arguments(path, directives, CONFIG_FILES_DEEP))
 
 
-def config_arguments(path: str, directives: "dict[str, Any]", deep: int) -> "Iterator[ConfigArgument]":
+def config_arguments(path: str, directives: "Directives", deep: int) -> "Iterator[ConfigArgument]":
     """Yield the ConfigArguments of a file; `deep` files may be open at once from here on."""
     for number, line in enumerate(config_lines(path), 1):
         line = line.strip()
@@ -1652,7 +1687,7 @@ def config_lines(path: str) -> "list[str]":
                           f"{error.strerror}") from None
 
 
-def config_split(line: str, directives: "dict[str, Any]") -> "tuple[Any, ...]":
+def config_split(line: str, directives: "Directives") -> "tuple[str, str]":
     """(name, argument text) of "Name value", "Name = value" or "Name: value"; ValueError."""
     import re
     name = re.split(r"[\s=:]", line, maxsplit=1)[0]
@@ -1668,7 +1703,7 @@ def config_split(line: str, directives: "dict[str, Any]") -> "tuple[Any, ...]":
     return name, match[1]
 
 
-def config_unknown(name: str, directives: "dict[str, Any]") -> str:
+def config_unknown(name: str, directives: "Directives") -> str:
     """Why `name` is no directive, and what may have been meant."""
     for row, _ in directives.values():
         if row.long == name.lower():
@@ -1682,7 +1717,7 @@ def config_form(directive: Directive) -> str:
     return f"{directive.name} {directive.arg or 'yes|no'}"
 
 
-def config_argument(row: Option, directive: Directive, text: str) -> str:
+def config_argument(row: "Option[Any]", directive: Directive, text: str) -> str:
     """The argument of the command line that means the same; "" for a boolean that is off. ValueError."""
     import re
     if not directive.arg:
@@ -1700,7 +1735,7 @@ def config_argument(row: Option, directive: Directive, text: str) -> str:
     return f"--{row.long}={directive.prefix}{directive.joint.join(filter(None, match.groups()))}"
 
 
-def config_include(path: str, text: str, directives: "dict[str, Any]", deep: int) -> "Iterator[ConfigArgument]":
+def config_include(path: str, text: str, directives: "Directives", deep: int) -> "Iterator[ConfigArgument]":
     """Yield the ConfigArguments of an included file; an empty one when there is no such file.
 
     Compat: a relative name is looked for beside the file that includes it, not in the directory that the
@@ -1720,11 +1755,10 @@ def config_include(path: str, text: str, directives: "dict[str, Any]", deep: int
 def options_read(argv: "list[str]") -> Options:
     """The daemon's Options from its arguments and the configuration file that they may name; ConfigError.
 
-    Four more attributes: `configfile` (path or None), `configfiles` (all that were read), `includesmissing` and `origins`. With
-    `help` or `version` nothing else has been looked at.
+    With `help` or `version` nothing else has been looked at.
     """
-    typed, rest = options_given(OPTIONS, argv, "pure-ftpd")
-    options = options_merge(OPTIONS, typed)
+    typed, rest = options_given(Options.rows, argv, "pure-ftpd")
+    options = options_merge(Options, typed)
     return options if options.help or options.version else options_judged(typed, rest)
 
 
@@ -1735,11 +1769,9 @@ def options_judged(typed: "list[Given]", rest: "list[str]") -> Options:
                           "configuration file and nothing else")
     lines = options_from_file(rest[0]) if rest else []
     filed = [given for line in lines for given in config_given(line)]
-    options = options_merge(OPTIONS, typed, filed)
-    path = parse_path(rest[0]) if rest else None
-    files = dict.fromkeys([path] * len(rest) + [line.file for line in lines if line.argument])
-    missing = tuple(line.file for line in lines if not line.argument)
-    options.__dict__.update(configfile=path, configfiles=tuple(files), includesmissing=missing)
+    options = options_merge(Options, typed, filed)
+    options.configfiles = tuple(dict.fromkeys([*map(parse_path, rest), *(line.file for line in lines if line.argument)]))
+    options.includesmissing = tuple(line.file for line in lines if not line.argument)
     options_check(options)
     return options
 
@@ -1747,7 +1779,7 @@ def options_judged(typed: "list[Given]", rest: "list[str]") -> Options:
 def config_given(line: ConfigArgument) -> "list[Given]":
     """The Given of one line of a file, judged as on the command line; ConfigError names the line."""
     name, equals, text = line.argument[2:].partition("=")
-    return [option_given(row, text, line.where) for row in OPTIONS if row.long == name]
+    return [option_given(row, text, line.where) for row in Options.rows if row.long == name]
 
 
 def options_check(options: Options) -> None:
@@ -5392,7 +5424,7 @@ SAMPLE_SECONDS = {**dict.fromkeys(AUTH_BACKENDS, 3), **dict.fromkeys(("mysql", "
 
 def authentication_chain(options: Options) -> "tuple[tuple[str, str | None], ...]":
     """What -l says; the system's users when it says nothing."""
-    return tuple(options.login) or (("unix", None),)
+    return options.login or (("unix", None),)
 
 
 def authentication_preload(options: Options, log: "Log | None" = None) -> None:
@@ -10290,14 +10322,15 @@ class TlsStream(Stream):
     """A data connection under TLS (PROT P)."""
 
     spliced = False
+    loose = False                       # an upload that ends without close_notify is complete
 
     def __init__(self, sock: socket.socket, attention: Attention, rate: int, idle: float,
-                 progress: "Callable[[int], None] | None", tls: ClientTls, loose: bool) -> None:
+                 progress: "Callable[[int], None] | None", tls: ClientTls) -> None:
         """Does the handshake, or what EarlyHandshake has left of it. Raises DataLost when it fails; `sock` is closed then."""
         import ssl
         super().__init__(sock, attention, rate, HANDSHAKE_SECONDS, progress)
         self.at_once(True)
-        self.ssl, self.libssl, self.loose = ssl, tls.libssl, loose
+        self.ssl, self.libssl = ssl, tls.libssl
         self.outbox: "Outbox | None" = None             # while a large file is sent
         self.ended: "Exception | None" = None           # why nothing more can be received
         self.told_end = False                           # the client has said that it has sent everything
@@ -10522,7 +10555,7 @@ class Handover(NamedTuple):
     uploadpipe: "UploadPipe | None" = None
     tls: "ClientTls | None" = None                  # what this login's data connections need for TLS
     overloaded: bool = False                        # -m: no downloads for anonymous users
-    passive_rules: "tuple[Any, ...]" = ()           # -P: (network or None, address)
+    passive_rules: "tuple[tuple[Network | None, str], ...]" = ()        # -P: (network or None, address)
     tilde: "Callable[[bytes], bytes | None]" = lambda name: None    # home of a system user, for CWD ~name
 
 
@@ -10962,10 +10995,10 @@ class FileCommands(SessionLoop):
         return self.quota_lines(account)
 
     def directory_mode(self) -> int:
-        return 0o777 & ~int(self.options.umask[1]) | (0o700 if self.options.customerproof else 0)
+        return 0o777 & ~self.options.umask[1] | (0o700 if self.options.customerproof else 0)
 
     def file_mode(self) -> int:
-        return 0o777 & ~int(self.options.umask[0]) | (0o600 if self.options.customerproof else 0)
+        return 0o777 & ~self.options.umask[0] | (0o600 if self.options.customerproof else 0)
 
     def disk_check(self) -> None:
         """Raise Refuse(552) when the disk is fuller than -k permits."""
@@ -11256,7 +11289,7 @@ def passive_address_problem(shown: str, client: str) -> str:
     return ""
 
 
-def passive_address_for(rules: "tuple[tuple[Any, str], ...]", client: str) -> "str | None":
+def passive_address_for(rules: "tuple[tuple[Network | None, str], ...]", client: str) -> "str | None":
     """What -P tells a client: the address of the first rule whose network holds it; None when no rule does."""
     for network, address in rules:
         if network is None or network.holds(client):
@@ -11598,7 +11631,8 @@ class TransferCommands(FileCommands):
         self.signs = RELAY_TICKET
         self.handover.tls.context.num_tickets = 0 if upload else 1
         stream = TlsStream(sock=sock, attention=self.attention, rate=rate, idle=self.idle_seconds, progress=progress,
-                           tls=self.handover.tls, loose=self.options.tlslooseclose)
+                           tls=self.handover.tls)
+        stream.loose = self.options.tlslooseclose
         if not self.resumption.suffices(stream.sock, not upload and not early, time.monotonic()):
             stream.close()
             raise Denied(522, "The data connection must resume the TLS session of this login")
@@ -13158,7 +13192,7 @@ class Greeting:
         for who, ratio in (("Anonymous users", options.anonymousratio), ("All users", options.userratio)):
             if ratio:
                 notes.append("%s: for %d downloaded bytes, upload %d" % (who, ratio[1], ratio[0]))
-        minutes, seconds = divmod(int(options.maxidletime), 60)
+        minutes, seconds = divmod(options.maxidletime, 60)
         self.notes = notes
         self.idle = "You will be disconnected after %s of inactivity" % (
             "%d minutes" % minutes if options.maxidletime >= 120 else "%d seconds" % (minutes * 60 + seconds))
@@ -15425,7 +15459,7 @@ def uploadpipe_or_none(setup: Setup) -> "UploadPipe | None":
         return None
 
 
-def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[Any, ...]]":
+def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[tuple[Network | None, str], ...]]":
     """(The client's name unless -H, -P's rules with addresses for names), asked where it can do no harm, and only what has
     to be asked. A rule whose name has no address is left out.
     """
@@ -15540,7 +15574,7 @@ class Child:
     """A process that PRIV has forked."""
 
     def __init__(self, pid: int, state: str, channel: socket.socket, number: int = 0, peer: "Peer | None" = None,
-                 asker: "Child | None" = None, tls: "ClientTls | None" = None, altlog: "tuple[Any, ...]" = (),
+                 asker: "Child | None" = None, tls: "ClientTls | None" = None, altlog: "tuple[tuple[str, str], ...]" = (),
                  proxyfrom: "tuple[Network, ...]" = ()) -> None:
         self.pid, self.state, self.channel = pid, state, channel
         self.number = number                    # the id of the LOGIN or STARTTLS it was forked for
@@ -15758,8 +15792,8 @@ class PortKeeper(Parent):
         if now >= self.wishes_due:
             self.wishes_due = now + WISHES_SECONDS
             range_ = self.setup.options.passiveportrange        # None since a SIGHUP
-            for address in list(self.wishes) if range_ else ():
-                self.grant(address, passive_ports(range_))
+            for address in list(self.wishes):
+                self.grant(address, passive_ports(range_) if range_ else ())
         if self.wished_most and now >= self.wished_due:
             self.setup.log.warning("%d passive ports were wished for at once, more than -p has: clients wait for one, or are "
                                    "refused" % self.wished_most)
@@ -16562,7 +16596,6 @@ class Monitor(ToolKeeper):
         self.start_server()
 
 
-
 def notify_systemd(state: str) -> None:
     """Tell the service manager (sd_notify(3)); nothing happens where there is none."""
     path = os.environ.get("NOTIFY_SOCKET", "")
@@ -16698,49 +16731,50 @@ PW_MEGABYTES = pw_number(0, 1 << 20)
 PW_HASH_MEMORY = whole(1, 1 << 20, 1 << 20)
 
 # fmt: off
-PW_OPTIONS = (
-    "The user:",
-    Option("u", "UID",         "uid",   pw_text,         None,        "Owner of the files: a system user or a number"),
-    Option("g", "GID",         "gid",   pw_text,         None,        "Group, by name or number [the system user's]"),
-    Option("d", "Chroot",      "dir",   pw_home("/./"),  None,        "Home; the user sees nothing outside of it"),
-    Option("D", "Home",        "dir",   pw_home(""),     None,        "Home; the user sees the whole system"),
-    Option("c", "Gecos",       "text",  pw_text,         None,        "Full name"),
-    "Limits of the user:",
-    Option("t", "BandwidthDL", "KB/s",  pw_bandwidth,    None,        "Download rate [no limit]"),
-    Option("T", "BandwidthUL", "KB/s",  pw_bandwidth,    None,        "Upload rate [no limit]"),
-    Option("n", "QuotaFiles",  "n",     pw_number(0),    None,        "Number of files [no limit]"),
-    Option("N", "QuotaSize",   "MB",    PW_MEGABYTES,    None,        "Size of all files [no limit]"),
-    Option("q", "RatioUL",     "n",     pw_number(1),    None,        "-q 1 -Q 10: ten bytes down for each one up"),
-    Option("Q", "RatioDL",     "n",     pw_number(1),    None,        "See -q [no limit]"),
-    Option("y", "MaxSessions", "n",     pw_sessions,     None,        "Sessions at the same time [the server's -y]"),
-    Option("r", "AllowClient", "hosts", pw_hosts,        None,        "Come only from 10.0.0.0/8,host.example [any]"),
-    Option("R", "DenyClient",  "hosts", pw_hosts,        None,        "Do not come from these [none]"),
-    Option("i", "AllowLocal",  "hosts", pw_hosts,        None,        "Come only to these of our addresses [any]"),
-    Option("I", "DenyLocal",   "hosts", pw_hosts,        None,        "Do not come to these [none]"),
-    Option("z", "Time",        "time",  pw_time,         None,        "Come only at this time: 0900-1800 [any]"),
-    "Files and hashing:",
-    Option("f", "PasswdFile",  "file",  str,             None,        "Virtual users [$PURE_PASSWDFILE, else"
-                                                                    " pureftpd.passwd in /etc/pure-ftpd or /etc]"),
-    Option("F", "DBFile",      "file",  str,             None,        "Database [$PURE_DBFILE, or pureftpd.pdb there]"),
-    Option("m", "MkDB",        "",      flag,            False,       "Make the database, too"),
-    Option("",  "Strict",      "",      flag,            False,       "Make no database when a line of the file is in doubt"),
-    Option("",  "Allow-Empty", "",      flag,            False,       "Take an empty password"),
-    Option("",  "Password-Stdin", "",   flag,            False,       "Read the password from standard input, once"),
-    Option("C", "Logins",      "n",     whole(1),        AUTH_LOGINS, "Logins at the same time to expect [8]"),
-    Option("M", "Memory",      "MB",    PW_HASH_MEMORY,  AUTH_MEMORY, "Memory for hashing that they share [64]"),
-    "Many users, and questions:",
-    Option("",  "Form",        "name",  one_of(*PW_FORMS), None,    "Of the imported file: passwd, ftpasswd, shadow, pairs, csv,"
-                                                                    " json, vsftpd [its first line tells, but for vsftpd]"),
-    Option("",  "Replace",     "",      flag,            False,       "Import: change who exists, in what a line says"),
-    Option("l", "Long",        "",      flag,            False,       "List limits and times, too"),
-    Option("",  "JSON",        "",      flag,            False,       "List or show as JSON, a line a user; import reads it"),
-    Option("",  "From",        "address", parse_address, None,        "Check: a client that comes from there"),
-    Option("",  "To",          "address", parse_address, None,        "Check: ... to this address of ours"),
-    Option("",  "At",          "hhmm",  pw_clock,        None,        "Check: ... at that time of the day [now]"),
-    Option("h", "Help",        "",      flag,            False,       "Show this help and exit"),
-)
+class PwOptions(OptionTable):
+    USER = "The user:"
+    uid            = Option("u", "UID",         "uid",     pw_text, None, "Owner of the files: a system user or a number")
+    gid            = Option("g", "GID",         "gid",     pw_text, None, "Group, by name or number [the system user's]")
+    chroot         = Option("d", "Chroot",      "dir",     pw_home("/./"), None, "Home; the user sees nothing outside of it")
+    home           = Option("D", "Home",        "dir",     pw_home(""), None, "Home; the user sees the whole system")
+    gecos          = Option("c", "Gecos",       "text",    pw_text, None, "Full name")
+
+    LIMITS = "Limits of the user:"
+    bandwidthdl    = Option("t", "BandwidthDL", "KB/s",    pw_bandwidth, None, "Download rate [no limit]")
+    bandwidthul    = Option("T", "BandwidthUL", "KB/s",    pw_bandwidth, None, "Upload rate [no limit]")
+    quotafiles     = Option("n", "QuotaFiles",  "n",       pw_number(0), None, "Number of files [no limit]")
+    quotasize      = Option("N", "QuotaSize",   "MB",      PW_MEGABYTES, None, "Size of all files [no limit]")
+    ratioul        = Option("q", "RatioUL",     "n",       pw_number(1), None, "-q 1 -Q 10: ten bytes down for each one up")
+    ratiodl        = Option("Q", "RatioDL",     "n",       pw_number(1), None, "See -q [no limit]")
+    maxsessions    = Option("y", "MaxSessions", "n",       pw_sessions, None, "Sessions at the same time [the server's -y]")
+    allowclient    = Option("r", "AllowClient", "hosts",   pw_hosts, None, "Come only from 10.0.0.0/8,host.example [any]")
+    denyclient     = Option("R", "DenyClient",  "hosts",   pw_hosts, None, "Do not come from these [none]")
+    allowlocal     = Option("i", "AllowLocal",  "hosts",   pw_hosts, None, "Come only to these of our addresses [any]")
+    denylocal      = Option("I", "DenyLocal",   "hosts",   pw_hosts, None, "Do not come to these [none]")
+    time           = Option("z", "Time",        "time",    pw_time, None, "Come only at this time: 0900-1800 [any]")
+
+    FILES = "Files and hashing:"
+    passwdfile     = Option("f", "PasswdFile",  "file",    str, None,
+        "Virtual users [$PURE_PASSWDFILE, else pureftpd.passwd in /etc/pure-ftpd or /etc]")
+    dbfile         = Option("F", "DBFile",      "file",    str, None, "Database [$PURE_DBFILE, or pureftpd.pdb there]")
+    mkdb           = Option("m", "MkDB",        "",        flag, False, "Make the database, too")
+    strict         = Option("",  "Strict",      "",        flag, False, "Make no database when a line of the file is in doubt")
+    allow_empty    = Option("",  "Allow-Empty", "",        flag, False, "Take an empty password")
+    password_stdin = Option("",  "Password-Stdin", "",        flag, False, "Read the password from standard input, once")
+    logins         = Option("C", "Logins",      "n",       whole(1), AUTH_LOGINS, "Logins at the same time to expect [8]")
+    memory         = Option("M", "Memory",      "MB",      PW_HASH_MEMORY, AUTH_MEMORY, "Memory for hashing that they share [64]")
+
+    QUESTIONS = "Many users, and questions:"
+    form           = Option("",  "Form",        "name",    one_of(*PW_FORMS), None,
+        "Of the imported file: passwd, ftpasswd, shadow, pairs, csv, json, vsftpd [its first line tells, but for vsftpd]")
+    replace        = Option("",  "Replace",     "",        flag, False, "Import: change who exists, in what a line says")
+    long           = Option("l", "Long",        "",        flag, False, "List limits and times, too")
+    json           = Option("",  "JSON",        "",        flag, False, "List or show as JSON, a line a user; import reads it")
+    from_          = Option("",  "From",        "address", parse_address, None, "Check: a client that comes from there")
+    to             = Option("",  "To",          "address", parse_address, None, "Check: ... to this address of ours")
+    at             = Option("",  "At",          "hhmm",    pw_clock, None, "Check: ... at that time of the day [now]")
+    help           = Option("h", "Help",        "",        flag, False, "Show this help and exit")
 # fmt: on
-PW_ROWS = tuple(row for row in PW_OPTIONS if isinstance(row, Option))
 
 
 def pw_default(variable: str, name: str) -> str:
@@ -16749,7 +16783,7 @@ def pw_default(variable: str, name: str) -> str:
     return os.environ.get(variable) or os.path.join(directory, name)
 
 
-def pw_database(options: Options, database: str = "") -> str:
+def pw_database(options: PwOptions, database: str = "") -> str:
     return database or options.dbfile or pw_default("PURE_DBFILE", "pureftpd.pdb")
 
 
@@ -16833,11 +16867,11 @@ def pw_terminal(text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)
 
 
-def pw_new_hash(options: Options) -> bytes:
+def pw_new_hash(options: PwOptions) -> bytes:
     """The hash of a password that is asked for twice, or read once. PwError."""
     password = b""
     for _ in range(PW_TRIES):
-        if getattr(options, "password-stdin"):
+        if options.password_stdin:
             password = pw_ask("Password: ")
             break
         password, again = pw_ask("Password: "), pw_ask("Enter it again: ")
@@ -16853,15 +16887,15 @@ def pw_new_hash(options: Options) -> bytes:
         raise PwError(PW_FAILURE, str(error)) from None
 
 
-def pw_check_password(password: bytes, options: Options) -> None:
+def pw_check_password(password: bytes, options: PwOptions) -> None:
     """PwError for a password that nobody should have, or could log in with."""
-    if not password and not getattr(options, "allow-empty"):             # Compat: the original takes it
+    if not password and not options.allow_empty:             # Compat: the original takes it
         raise PwError(PW_NO_PASSWORD, "an empty password lets everybody in: if that is meant, say --allow-empty")
     if len(password) > PASSWORD_MAX or 0 in password:
         raise PwError(PW_NO_PASSWORD, f"nobody can log in with a password of more than {PASSWORD_MAX} bytes, or a zero")
 
 
-def pw_fields_given(options: Options) -> "dict[str, bytes]":
+def pw_fields_given(options: PwOptions) -> "dict[str, bytes]":
     """The fields that the options set, as the file will have them. PwError for users and groups that do not exist."""
     given = {field: getattr(options, field.replace("_", ""), None) for field in PASSWD_FIELDS}
     given["home"] = options.home or options.chroot
@@ -16870,7 +16904,7 @@ def pw_fields_given(options: Options) -> "dict[str, bytes]":
     return {field: os.fsencode(text) for field, text in given.items() if text is not None}
 
 
-def pw_fields_new(options: Options) -> "dict[str, bytes]":
+def pw_fields_new(options: PwOptions) -> "dict[str, bytes]":
     """The same for a new user: a server that is not root has the files of one user, its own. PwError."""
     own = {"uid": b"%d" % os.geteuid(), "gid": b"%d" % os.getegid()} if os.geteuid() else {}
     return {**own, **pw_fields_given(options)}
@@ -16909,7 +16943,7 @@ def pw_line(fields: "dict[str, bytes]", code: int) -> bytes:
     return line
 
 
-def pw_useradd(options: Options, path: str, login: bytes) -> None:
+def pw_useradd(options: PwOptions, path: str, login: bytes) -> None:
     fields = {"login": login, **pw_fields_new(options)}
     if "uid" not in fields or "gid" not in fields:
         raise PwError(PW_ROOT, "give a user and a group other than root's: -u UID -g GID")
@@ -16927,7 +16961,7 @@ def pw_useradd(options: Options, path: str, login: bytes) -> None:
     pw_edit(path, lambda lines: absent(lines) + [line])
 
 
-def pw_usermod(options: Options, path: str, login: bytes, hashed: "bytes | None" = None) -> None:
+def pw_usermod(options: PwOptions, path: str, login: bytes, hashed: "bytes | None" = None) -> None:
     changes = pw_fields_given(options)
     if hashed:
         changes["hash"] = hashed
@@ -16947,13 +16981,13 @@ def pw_usermod(options: Options, path: str, login: bytes, hashed: "bytes | None"
     pw_edit(path, modify)
 
 
-def pw_passwd(options: Options, path: str, login: bytes) -> None:
+def pw_passwd(options: PwOptions, path: str, login: bytes) -> None:
     pw_record(path, login)
     pw_check_writable(path, *[pw_database(options)] * options.mkdb)
     pw_usermod(options, path, login, pw_new_hash(options))
 
 
-def pw_userdel(options: Options, path: str, login: bytes) -> None:
+def pw_userdel(options: PwOptions, path: str, login: bytes) -> None:
     def remove(lines: "list[bytes]") -> "list[bytes]":
         kept = [line for line in lines if not line.startswith(login + b":")]
         if len(kept) == len(lines):
@@ -16986,7 +17020,7 @@ def quota_used(directory: bytes) -> "tuple[int, int] | None":
         os.close(fd)
 
 
-def pw_show(options: Options, path: str, login: bytes) -> None:
+def pw_show(options: PwOptions, path: str, login: bytes) -> None:
     record = pw_record(path, login)
     used = quota_used(record.home.partition(b"/./")[0])
     if options.json:
@@ -17042,7 +17076,7 @@ def pw_print(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def pw_list(options: Options, path: str, login: bytes) -> None:
+def pw_list(options: PwOptions, path: str, login: bytes) -> None:
     """Compat: a word behind `list` is refused (pw_action); the original ignores it, and needs one before -f."""
     if options.json:
         return pw_print(b"".join(pw_json(record) for record in pw_list_records(path)))
@@ -17190,7 +17224,7 @@ def pw_users_number(number: int) -> str:
     return f"{number} user{'s' * (number != 1)}"
 
 
-def pw_mkdb(options: Options, path: str, database: str) -> None:
+def pw_mkdb(options: PwOptions, path: str, database: str) -> None:
     database = pw_database(options, database)
     users: "list[tuple[bytes, bytes]]" = []
 
@@ -17337,7 +17371,7 @@ PW_READ: "dict[str, Callable[[str, list[bytes]], Iterator[PwImported | ValueErro
 class PwImport:
     """The users of one file: read and judged, then hashed, then put into the file of users, which has `lines` now."""
 
-    def __init__(self, options: Options, lines: "list[bytes]") -> None:
+    def __init__(self, options: PwOptions, lines: "list[bytes]") -> None:
         self.options = options
         self.given = pw_fields_new(options)             # what a line may leave out
         self.present = self.by_login(lines)             # who is in the file of users
@@ -17489,7 +17523,7 @@ class PwImport:
         return [line for line in lines if line.partition(b":")[0] not in self.lines]
 
 
-def pw_import(options: Options, path: str, source: bytes) -> None:
+def pw_import(options: PwOptions, path: str, source: bytes) -> None:
     """Put the users of a file, or of standard input, into the file of users, all of them or none."""
     name = "standard input" if source == b"-" else os.fsdecode(source)
     try:
@@ -17517,7 +17551,7 @@ def pw_import(options: Options, path: str, source: bytes) -> None:
     pw_complain(f"{path}: {pw_users_number(len(users.lines))} imported")
 
 
-def pw_hash_all(options: Options, passwords: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
+def pw_hash_all(options: PwOptions, passwords: "dict[bytes, bytes]") -> "dict[bytes, bytes]":
     """The hashes of these passwords, made on all processors. PwError."""
     if not passwords:
         return {}
@@ -17563,7 +17597,7 @@ class Progress:
             sys.stderr.write("\n")
 
 
-def pw_passwd_many(options: Options, path: str) -> None:
+def pw_passwd_many(options: PwOptions, path: str) -> None:
     """New passwords for all users of whom standard input has a line LOGIN:PASSWORD, or for none."""
     passwords: "dict[bytes, bytes]" = {}
     known = {line.partition(b":")[0] for _, line in pw_users(path)}
@@ -17610,7 +17644,7 @@ class PwCheckLog(Log):
         pw_complain(text)
 
 
-def pw_check(options: Options, path: str, login: bytes) -> None:
+def pw_check(options: PwOptions, path: str, login: bytes) -> None:
     """Tell whether the server would let this user in. PwError with PW_REFUSED when it would not."""
     record = pw_record(path, login)
     line = pw_lines_of(path, login)[0].rstrip(b"\r")
@@ -17620,7 +17654,7 @@ def pw_check(options: Options, path: str, login: bytes) -> None:
         findings.append((False, problem))
     findings.append(pw_check_database(pw_database(options), login, line))
     findings += pw_check_rules(options, record)
-    if getattr(options, "password-stdin") or sys.stdin.isatty():
+    if options.password_stdin or sys.stdin.isatty():
         findings.append(pw_check_hash(pw_ask("Password: "), record.hash))
     for right, text in findings:
         pw_print(b"%s  %s\n" % (b"yes" if right else b"NO ", text.encode("utf-8", "surrogateescape")))
@@ -17642,10 +17676,10 @@ def pw_check_database(database: str, login: bytes, line: bytes) -> "tuple[bool, 
     return True, f"{database} knows this user"
 
 
-def pw_check_rules(options: Options, record: PasswdRecord) -> "list[tuple[bool, str]]":
+def pw_check_rules(options: PwOptions, record: PasswdRecord) -> "list[tuple[bool, str]]":
     """What the account's rules say to the addresses and the time of the options."""
     found, log, now = [], PwCheckLog(), time.time()
-    for address, allow, deny, where in ((getattr(options, "from"), record.allow_client, record.deny_client, "from"),
+    for address, allow, deny, where in ((options.from_, record.allow_client, record.deny_client, "from"),
                                         (options.to, record.allow_local, record.deny_local, "at")):
         if address:
             right = access_allows(address, allow, deny, log)
@@ -17671,6 +17705,7 @@ def pw_check_hash(password: bytes, hashed: str) -> "tuple[bool, str]":
 
 PW_WRITERS = {"useradd": pw_useradd, "usermod": pw_usermod, "userdel": pw_userdel, "passwd": pw_passwd}
 PW_READERS = {"show": pw_show, "list": pw_list, "check": pw_check}
+PW_ACTIONS = (*PW_WRITERS, "import", *PW_READERS, "mkdb")
 PW_DONE = {"useradd": "added", "usermod": "changed", "userdel": "removed", "passwd": "has a new password"}
 
 
@@ -17685,7 +17720,7 @@ def pw_run(function: Callable[..., Any], *args: Any) -> int:
     return 0
 
 
-def pw_action(options: Options, action: str, words: "list[str]") -> int:
+def pw_action(options: PwOptions, action: str, words: "list[str]") -> int:
     """Run one action with the words behind it. Raises ConfigError."""
     path = options.passwdfile or pw_default("PURE_PASSWDFILE", "pureftpd.passwd")
     word = words[0] if words else ""
@@ -17697,7 +17732,7 @@ def pw_action(options: Options, action: str, words: "list[str]") -> int:
                           f"{HASH_MEMORY_MAX >> 20}")
     if action == "mkdb":
         return pw_run(pw_mkdb, options, path, word)
-    many = action == "import" or action == "passwd" and not word and getattr(options, "password-stdin")
+    many = action == "import" or action == "passwd" and not word and options.password_stdin
     if not word and action != "list" and not (many and action == "passwd"):
         pw_complain("import: what? Give a file, or - for standard input" if many else f"{action}: whom? Give a login")
         return PW_FAILURE if action == "userdel" else PW_BAD_ARGUMENT               # Compat: do_userdel
@@ -17721,16 +17756,16 @@ def pw_action(options: Options, action: str, words: "list[str]") -> int:
 def tool_pw(argv: "list[str]") -> int:
     """pure-pw(8). The exit code: 0, or a PW_ constant."""
     try:
-        options, words = options_parse(PW_ROWS, argv, "pw")
-        action, actions = words[0].lower() if words else "", (*PW_WRITERS, "import", *PW_READERS, "mkdb")
+        options, words = options_parse(PwOptions, argv, "pw")
+        action = words[0].lower() if words else ""
         if action and not options.help:
-            if action not in actions:                               # Compat: the original shows help, and no failure
-                raise ConfigError(f"{words[0]}: there is no such action, but {', '.join(actions)} (see: pw --help)")
+            if action not in PW_ACTIONS:                            # Compat: the original shows help, and no failure
+                raise ConfigError(f"{words[0]}: there is no such action, but {', '.join(PW_ACTIONS)} (see: pw --help)")
             return pw_action(options, action, words[1:])
     except ConfigError as error:
         pw_complain(str(error))
         return PW_BAD_ARGUMENT
-    print(options_help(PW_OPTIONS, PW_USAGE), end="")
+    print(options_help(PwOptions.by_topic, PW_USAGE), end="")
     return 0
 
 # ==== quotacheck: pure-quotacheck =================================================================
@@ -17753,13 +17788,12 @@ QUOTACHECK_PATH_MAX = 4096              # bytes: links further down are not foll
 QUOTACHECK_PASSED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 # fmt: off
-QUOTACHECK_OPTIONS = (
-    Option("u", "User",      "user",      str,  None,  "The account, or uid, that the directory belongs to"),
-    Option("g", "Group",     "group",     str,  None,  "The group, or gid, to count with [that of the account]"),
-    Option("d", "Directory", "directory", str,  None,  "What to count: where the account is confined to"),
-    Option("a", "All",       "database",  str,  None,  "Count for every user of this PureDB database"),
-    Option("h", "Help",      "",          flag, False, "Show this help"),
-)
+class QuotacheckOptions(OptionTable):
+    user      = Option("u", "User",      "user",      str,  None, "The account, or uid, that the directory belongs to")
+    group     = Option("g", "Group",     "group",     str,  None, "The group, or gid, to count with [that of the account]")
+    directory = Option("d", "Directory", "directory", str,  "", "What to count: where the account is confined to")
+    all       = Option("a", "All",       "database",  str,  None, "Count for every user of this PureDB database")
+    help      = Option("h", "Help",      "",          flag, False, "Show this help")
 # fmt: on
 
 
@@ -17965,7 +17999,7 @@ def quotacheck_child(job: QuotacheckJob, progress: "Callable[[int], None]") -> i
 # ---- what to count -------------------------------------------------------------------------------
 
 
-def quotacheck_job(options: Options) -> QuotacheckJob:
+def quotacheck_job(options: QuotacheckOptions) -> QuotacheckJob:
     """What -u, -g and -d ask for. Raises QuotacheckError."""
     import grp
     import pwd
@@ -18056,20 +18090,20 @@ def tool_quotacheck(argv: "list[str]") -> int:
     """pure-quotacheck(8). Exit codes: 0, MISTAKE, COULD_NOT."""
     usage = "quotacheck -u user -d directory [-g group], or quotacheck --all database: write an account's .ftpquota"
     try:
-        given, rest = options_given(QUOTACHECK_OPTIONS, argv, "quotacheck")
-        options = options_merge(QUOTACHECK_OPTIONS, given)
+        given, rest = options_given(QuotacheckOptions.rows, argv, "quotacheck")
+        options = options_merge(QuotacheckOptions, given)
     except ConfigError as error:
         quotacheck_complain(str(error))
         return MISTAKE
     if not argv or options.help:
-        print(options_help(QUOTACHECK_OPTIONS, usage), end="")
+        print(options_help(QuotacheckOptions.by_topic, usage), end="")
         return 0
     try:
-        for row in QUOTACHECK_OPTIONS[1:]:
+        for row in QuotacheckOptions.rows[1:]:
             if sum(g.row is row for g in given) > 1:
                 raise QuotacheckError(f"-{row.short} was given twice", MISTAKE)
         single = (options.directory, options.user, options.group)
-        if rest or (options.directory is None if options.all is None else any(single)):
+        if rest or (not options.directory if options.all is None else any(single)):
             raise QuotacheckError("either -d with -u, or --all alone is needed", MISTAKE)
         if options.all is not None:
             if os.geteuid():
@@ -18099,10 +18133,13 @@ FTPWHO_CONTROL_SECONDS = 10         # that the server may take to answer
 FTPWHO_RESOLVE_FOR = 5.0            # seconds that looking up host names may take in all
 
 
-
 def parse_unban(text: str) -> str:
     """An address, or "all"."""
     return text if text == "all" else parse_address(text)
+
+
+def parse_kick(text: str) -> "tuple[str, ...]":
+    return text,
 
 
 def parse_serve(text: str) -> "tuple[str, int]":
@@ -18111,30 +18148,31 @@ def parse_serve(text: str) -> "tuple[str, int]":
         raise ValueError("must be PORT or HOST,PORT")
     return host or "127.0.0.1", port
 
-
 # fmt: off
-FTPWHO_OPTIONS = (
-    Option("c", "CGI",         "",    flag, False, "Write an HTML page for CGI [when GATEWAY_INTERFACE is set]"),
-    Option("h", "Help",        "",    flag, False, "Show this help and exit"),
-    Option("H", "DontResolve", "",    flag, False, "Show addresses instead of host names (faster)"),
-    Option("n", "Numeric",     "",    flag, False, "The same as -H"),
-    Option("p", "Plist",       "",    flag, False, "Write a property list"),
-    Option("s", "Shell",       "",    flag, False, "Write pid|account|time|state|file|peer|local|port|KB|of KB|%|KB/s"),
-    Option("v", "Verbose",     "",    flag, False, "Write the table with sizes and the server's addresses"),
-    Option("w", "Web",         "",    flag, False, "Write an HTML page"),
-    Option("W", "Embedded",    "",    flag, False, "Write the inside of an HTML page"),
-    Option("x", "XML",         "",    flag, False, "Write XML"),
-    Option("",  "JSON",        "",    flag, False, "Write JSON (addresses, no host names)"),
-    Option("",  "Prometheus",  "",    flag, False, "Write metrics in Prometheus' text format"),
-    Option("",  "Watch",       "",    flag, False, "Show the sessions like top(1), the fastest first, until q is pressed"),
-    Option("",  "Kick",        "who", lambda text: (text,), (),
-           "End sessions: of this process id (a number), account (or account=NAME) or address; repeatable", repeat="all"),
-    Option("",  "Bans",        "",    flag, False, "List who is banned (with --json as JSON)"),
-    Option("",  "Ban",         "address", parse_address, None, "Ban an address (IPv6: its /64) for the server's --bantime"),
-    Option("",  "Unban",       "address|all", parse_unban, None, "End a ban"),
-    Option("",  "Serve",       "[host,]port", parse_serve, None, "Serve a page, /json, /metrics and /health by HTTP"),
-    Option("",  "StateDir",    "dir", str,  None,  "The server's StateDir [the one it uses by default]"),
-)
+class FtpwhoOptions(OptionTable):
+    cgi         = Option("c", "CGI",         "", flag, False, "Write an HTML page for CGI [when GATEWAY_INTERFACE is set]")
+    help        = Option("h", "Help",        "", flag, False, "Show this help and exit")
+    dontresolve = Option("H", "DontResolve", "", flag, False, "Show addresses instead of host names (faster)")
+    numeric     = Option("n", "Numeric",     "", flag, False, "The same as -H")
+    plist       = Option("p", "Plist",       "", flag, False, "Write a property list")
+    shell       = Option("s", "Shell",       "", flag, False, "Write pid|account|time|state|file|peer|local|port|KB|of KB|%|KB/s")
+    verbose     = Option("v", "Verbose",     "", flag, False, "Write the table with sizes and the server's addresses")
+    web         = Option("w", "Web",         "", flag, False, "Write an HTML page")
+    embedded    = Option("W", "Embedded",    "", flag, False, "Write the inside of an HTML page")
+    xml         = Option("x", "XML",         "", flag, False, "Write XML")
+    json        = Option("",  "JSON",        "", flag, False, "Write JSON (addresses, no host names)")
+    prometheus  = Option("",  "Prometheus",  "", flag, False, "Write metrics in Prometheus' text format")
+    watch       = Option("",  "Watch",       "", flag, False,
+        "Show the sessions like top(1), the fastest first, until q is pressed")
+    kick        = Option("",  "Kick",        "who", parse_kick, (),
+        "End sessions: of this process id (a number), account (or account=NAME) or address; repeatable", repeat="all")
+    bans        = Option("",  "Bans",        "", flag, False, "List who is banned (with --json as JSON)")
+    ban         = Option("",  "Ban",         "address", parse_address, None,
+        "Ban an address (IPv6: its /64) for the server's --bantime")
+    unban       = Option("",  "Unban",       "address|all", parse_unban, None, "End a ban")
+    serve       = Option("",  "Serve",       "[host,]port", parse_serve, None,
+        "Serve a page, /json, /metrics and /health by HTTP")
+    statedir    = Option("",  "StateDir",    "dir", str, None, "The server's StateDir [the one it uses by default]")
 # fmt: on
 
 
@@ -18601,7 +18639,7 @@ class FtpwhoControl:
                 return [(seconds, key) for seconds, key in found if seconds]
 
 
-def ftpwho_control(options: Options, statedir: str) -> int:
+def ftpwho_control(options: FtpwhoOptions, statedir: str) -> int:
     """--kick, --ban, --unban, --bans, in that order: the exit status. Raises ConfigError."""
     status = 0
     with FtpwhoControl(statedir) as control:
@@ -19079,10 +19117,10 @@ def tool_ftpwho(argv: "list[str]") -> int:
     """pure-ftpwho(8). Exit codes: 0, MISTAKE, COULD_NOT."""
     code = MISTAKE
     try:
-        given, rest = options_given(FTPWHO_OPTIONS, argv, "ftpwho")
-        options = options_merge(FTPWHO_OPTIONS, given)
+        given, rest = options_given(FtpwhoOptions.rows, argv, "ftpwho")
+        options = options_merge(FtpwhoOptions, given)
         if options.help:
-            print(options_help(FTPWHO_OPTIONS, "ftpwho [options]: show who is logged in to the FTP server"), end="")
+            print(options_help(FtpwhoOptions.by_topic, "ftpwho [options]: show who is logged in to the FTP server"), end="")
             return 0
         if rest:
             raise ConfigError(f"{rest[0]}: ftpwho takes no arguments")
@@ -19132,16 +19170,15 @@ UPLOADSCRIPT_PATIENCE = 30          # seconds to wait for the pipe at the start
 UPLOADSCRIPT_LATE = 8               # programs past their time that may be running
 
 # fmt: off
-UPLOADSCRIPT_OPTIONS = (
-    Option("B", "Daemonize", "",        flag,     False, "Run in the background"),
-    Option("g", "GID",       "gid",     whole(0), None,  "Run the program with this group [the primary group of -u]"),
-    Option("h", "Help",      "",        flag,     False, "Show this help and exit"),
-    Option("p", "PidFile",   "file",    str,      None,  "Write the process id there [/var/run/pure-uploadscript.pid]"),
-    Option("r", "Run",       "program", str,      None,  "The program to run for each upload (an absolute path)"),
-    Option("u", "UID",       "uid",     whole(0), None,  "Run the program as this user [the one who started this]"),
-    Option("",  "StateDir",  "dir",     str,      None,  "The server's StateDir [the one it uses by default]"),
-    Option("",  "Timeout",   "seconds", whole(0), 60,    "How long a program may hold up the next; 0: for ever [60]"),
-)
+class UploadscriptOptions(OptionTable):
+    daemonize = Option("B", "Daemonize", "",        flag,     False, "Run in the background")
+    gid       = Option("g", "GID",       "gid",     whole(0), None, "Run the program with this group [the primary group of -u]")
+    help      = Option("h", "Help",      "",        flag,     False, "Show this help and exit")
+    pidfile   = Option("p", "PidFile",   "file",    str,      None, "Write the process id there [/var/run/pure-uploadscript.pid]")
+    run       = Option("r", "Run",       "program", str,      "", "The program to run for each upload (an absolute path)")
+    uid       = Option("u", "UID",       "uid",     whole(0), None, "Run the program as this user [the one who started this]")
+    statedir  = Option("",  "StateDir",  "dir",     str,      None, "The server's StateDir [the one it uses by default]")
+    timeout   = Option("",  "Timeout",   "seconds", whole(0), 60, "How long a program may hold up the next; 0: for ever [60]")
 # fmt: on
 
 
@@ -19160,10 +19197,10 @@ def program_runs(path: str) -> bool:
     return path.startswith("/") and os.path.isfile(path) and os.access(path, os.X_OK)
 
 
-def uploadscript_plan(options: Options) -> UploadscriptPlan:
+def uploadscript_plan(options: UploadscriptOptions) -> UploadscriptPlan:
     """The plan of `options`. ConfigError: no such program or user, or not root."""
-    if not program_runs(options.run or ""):
-        raise ConfigError(f"-r {options.run or ''}: name a program that can be run, with its absolute path")
+    if not program_runs(options.run):
+        raise ConfigError(f"-r {options.run}: name a program that can be run, with its absolute path")
     statedir = os.path.abspath(options.statedir or statedir_default())
     at_default = not options.statedir and os.geteuid() == 0
     pidfile = ("/var/run" if at_default else statedir) + "/pure-uploadscript.pid"
@@ -19343,10 +19380,10 @@ def tool_uploadscript(argv: "list[str]") -> int:
     """pure-uploadscript(8). Exit codes: 0 stopped by a signal, or help; MISTAKE, COULD_NOT."""
     code = MISTAKE
     try:
-        options, rest = options_parse(UPLOADSCRIPT_OPTIONS, argv, "uploadscript")
+        options, rest = options_parse(UploadscriptOptions, argv, "uploadscript")
         if options.help:
             usage = "uploadscript -r program [options]: run a program for each file that is uploaded"
-            print(options_help(UPLOADSCRIPT_OPTIONS, usage), end="")
+            print(options_help(UploadscriptOptions.by_topic, usage), end="")
             return 0
         if rest:
             raise ConfigError(f"{rest[0]}: uploadscript takes no arguments")
@@ -19420,23 +19457,22 @@ def parse_post_url(text: str) -> str:
         raise ValueError("must be an URL, http:// or https://, without a name and a password, which ps(1) would show")
     return text
 
-
 # fmt: off
-EVENTS_OPTIONS = (
-    Option("",  "Log",     "file",    parse_path,           None,  "The log of -O json:FILE"),
-    Option("r", "Run",     "program", str,                  None,  "Run this for each event, with its JSON on stdin"),
-    Option("",  "Post",    "url",     parse_post_url,       None,  "Or post each event there"),
-    Option("",  "Only",    "events",  parse_event_names,    None,  f"Of {','.join(EVENTS_NAMES)} [all]"),
-    Option("",  "State",   "file",    parse_path,           None,  "Where to note what is done [the log's name with .events]"),
-    Option("",  "New",     "",        flag,                 False, "At the first start, begin with what comes from now on"),
-    Option("",  "Secret",  "file",    parse_path,           None,  "Sign what is posted with the first line of this file"),
-    Option("",  "Timeout", "seconds", whole(1, 86400),      60,    "How long the program or the other server may take [60]"),
-    Option("",  "Tries",   "n",       whole(0),             0,     "Give an event up after so many; 0: never [0]"),
-    Option("",  "Once",    "",        flag,                 False, "End when everything that is in the log is done"),
-    Option("g", "GID",     "gid",     whole(0, 2**32 - 2),  None,  "Read and run with this group [the primary group of -u]"),
-    Option("u", "UID",     "uid",     whole(0, 2**32 - 2),  None,  "Read and run as this user, which root has to say"),
-    OPTION_HELP,
-)
+class EventsOptions(OptionTable):
+    log     = Option("",  "Log",     "file",    parse_path, None, "The log of -O json:FILE")
+    run     = Option("r", "Run",     "program", str, None, "Run this for each event, with its JSON on stdin")
+    post    = Option("",  "Post",    "url",     parse_post_url, None, "Or post each event there")
+    only    = Option("",  "Only",    "events",  parse_event_names, None, f"Of {','.join(EVENTS_NAMES)} [all]")
+    state   = Option("",  "State",   "file",    parse_path, None, "Where to note what is done [the log's name with .events]")
+    new     = Option("",  "New",     "",        flag, False, "At the first start, begin with what comes from now on")
+    secret  = Option("",  "Secret",  "file",    parse_path, None, "Sign what is posted with the first line of this file")
+    timeout = Option("",  "Timeout", "seconds", whole(1, 86400), 60, "How long the program or the other server may take [60]")
+    tries   = Option("",  "Tries",   "n",       whole(0), 0, "Give an event up after so many; 0: never [0]")
+    once    = Option("",  "Once",    "",        flag, False, "End when everything that is in the log is done")
+    gid     = Option("g", "GID",     "gid",     whole(0, 2**32 - 2), None,
+        "Read and run with this group [the primary group of -u]")
+    uid     = Option("u", "UID",     "uid",     whole(0, 2**32 - 2), None, "Read and run as this user, which root has to say")
+    help    = OPTION_HELP
 # fmt: on
 
 
@@ -19455,7 +19491,7 @@ class EventsPlan(NamedTuple):
     identity: "tuple[int, int] | None"      # (uid, gid) to become
 
 
-def events_plan(options: Options) -> EventsPlan:
+def events_plan(options: EventsOptions) -> EventsPlan:
     """The plan of `options`. Raises ConfigError."""
     if not options.log:
         raise ConfigError("--log: say which log to read")
@@ -19951,10 +19987,10 @@ def tool_events(argv: "list[str]") -> int:
     """
     code = MISTAKE
     try:
-        options, rest = options_parse(EVENTS_OPTIONS, argv, "events")
+        options, rest = options_parse(EventsOptions, argv, "events")
         if options.help:
             usage = "events -r program|--post url --log file [options]: hand on what happens, in order, and nothing lost"
-            print(options_help(EVENTS_OPTIONS, usage), end="")
+            print(options_help(EventsOptions.by_topic, usage), end="")
             return 0
         if rest:
             raise ConfigError(f"{rest[0]}: events takes no arguments")
@@ -19994,17 +20030,17 @@ def parse_program(text: str) -> str:
         raise ValueError("must be the absolute path of a program")
     return text
 
-
 # fmt: off
-AUTHD_OPTIONS = (
-    Option("B", "Daemonize", "",       flag,                False, "Run in the background"),
-    Option("g", "GID",       "gid",    whole(0, 2**32 - 2), None,  "Run with this group id [that of -u's account]"),
-    Option("h", "Help",      "",       flag,                False, "Show this help and exit"),
-    Option("p", "PIDFile",   "file",   parse_path,          None,  f"Where to write the process id [{AUTHD_PIDFILE}]"),
-    Option("r", "Run",       "program", parse_program,      None,  "The program that knows the accounts"),
-    Option("s", "Socket",    "socket", parse_path,          None,  "The Unix socket to listen on: -l extauth:SOCKET"),
-    Option("u", "UID",       "uid",    whole(0, 2**32 - 2), None,  "Run with this user id"),
-)
+class AuthdOptions(OptionTable):
+    daemonize = Option("B", "Daemonize", "",        flag,                False, "Run in the background")
+    gid       = Option("g", "GID",       "gid",     whole(0, 2**32 - 2), None, "Run with this group id [that of -u's account]")
+    help      = Option("h", "Help",      "",        flag,                False, "Show this help and exit")
+    pidfile   = Option("p", "PIDFile",   "file",    parse_path,          None, f"Where to write the process id [{AUTHD_PIDFILE}]")
+    run       = Option("r", "Run",       "program", parse_program,       "", "The program that knows the accounts")
+    socket    = Option("s", "Socket",    "socket",  parse_path,          "", "The Unix socket to listen on: -l extauth:SOCKET")
+    uid       = Option("u", "UID",       "uid",     whole(0, 2**32 - 2), None, "Run with this user id")
+
+
 AUTHD_VARIABLES = {                 # key of a request: variable, bytes that its value may have
     b"account":   (b"AUTHD_ACCOUNT",         AUTHD_TEXT),
     b"password":  (b"AUTHD_PASSWORD",        AUTHD_TEXT),
@@ -20198,7 +20234,7 @@ def authd_pidfile(path: "str | None") -> "tuple[str, int]":
         return "", -1
 
 
-def authd_run(options: Options, identity: "tuple[int, int] | None") -> None:
+def authd_run(options: AuthdOptions, identity: "tuple[int, int] | None") -> None:
     """Serve until a signal comes. Raises OSError, Taken when that cannot begin."""
     def stop(number: int, frame: Any) -> None:
         for number in AUTHD_SIGNALS:
@@ -20230,9 +20266,9 @@ def authd_run(options: Options, identity: "tuple[int, int] | None") -> None:
 def tool_authd(argv: "list[str]") -> int:
     """pure-authd(8). Exit codes: 0, MISTAKE, COULD_NOT. Compat: it need not be root."""
     try:
-        options, rest = options_parse(AUTHD_OPTIONS, argv, "pure-authd")
+        options, rest = options_parse(AuthdOptions, argv, "pure-authd")
         if options.help:
-            print(options_help(AUTHD_OPTIONS, "pure-authd -s SOCKET -r PROGRAM: answer pure-ftpd's -l extauth"), end="")
+            print(options_help(AuthdOptions.by_topic, "pure-authd -s SOCKET -r PROGRAM: answer pure-ftpd's -l extauth"), end="")
             return 0
         if rest or not options.socket or not options.run:
             raise ConfigError("give -s /path/to/socket and -r /path/to/program, and nothing besides options")
@@ -20375,13 +20411,12 @@ usage: check [options] [configuration file]      what that configuration means, 
 The options are the server's, and these. Exit status: 0, or 1 when something is unwise, or 2 when something is broken."""
 
 # fmt: off
-CHECK_OPTIONS = (
-    Option("",  "Dry",  "",           flag,           False, "Start nothing, only read"),
-    Option("",  "As",   "user",       str,            None,  "Log in so; the password is asked for, or read from standard input"),
-    Option("",  "Host", "host[,port]", parse_endpoint, None, "Read nothing, but be a client of that server"),
-    Option("",  "Clear", "",          flag,           False, "With --host: send the password in the clear where there is no TLS"),
-    Option("",  "JSON", "",           flag,           False, "Write JSON"),
-)
+class CheckOptions(OptionTable):
+    dry   = Option("", "Dry",   "",            flag, False, "Start nothing, only read")
+    as_   = Option("", "As",    "user",        str, None, "Log in so; the password is asked for, or read from standard input")
+    host  = Option("", "Host",  "host[,port]", parse_endpoint, None, "Read nothing, but be a client of that server")
+    clear = Option("", "Clear", "",            flag, False, "With --host: send the password in the clear where there is no TLS")
+    json  = Option("", "JSON",  "",            flag, False, "Write JSON")
 # fmt: on
 
 
@@ -20827,7 +20862,7 @@ class CheckClient:
                  clear: bool = False) -> None:
         import ftplib
         self.report, self.host, self.port, self.local = report, host, port, options is not None
-        self.options = options or options_merge(OPTIONS, [])
+        self.options = options or options_merge(Options, [])
         self.clear = clear or self.local                        # the password may be sent without TLS
         self.login, self.encrypted = ("", ""), False
         self.lost = False                                       # the connection's replies may be those to earlier commands
@@ -21084,9 +21119,9 @@ def check_lenient(options: Options) -> "tuple[Options, list[str]]":
     return trial, without
 
 
-def check_trial(report: CheckReport, options: Options, own: Options, start: "Callable[[list[str], Options], int]") -> None:
+def check_trial(report: CheckReport, options: Options, own: CheckOptions, start: "Callable[[list[str], Options], int]") -> None:
     """Start the server, and be its client."""
-    user, password = own.__dict__["as"] or "", check_password(own)
+    user, password = own.as_ or "", check_password(own)
     if not user and not options.noanonymous:
         user, password = "anonymous", "check@"
     with TrialServer(start, CHECK_SECONDS) as server:
@@ -21106,9 +21141,9 @@ def check_trial(report: CheckReport, options: Options, own: Options, start: "Cal
                 report.add(CHECK_UNWISE, "the server's log: " + line.partition("pure-ftpd: ")[2])
 
 
-def check_password(own: Options) -> str:
+def check_password(own: CheckOptions) -> str:
     """The password for --as; ConfigError when there is none."""
-    if not own.__dict__["as"]:
+    if not own.as_:
         return ""
     try:
         return pw_ask("Password: ").decode("utf-8", "surrogateescape")
@@ -21131,23 +21166,22 @@ def check_configuration(report: CheckReport, options: Options) -> None:
 def tool_check(argv: "list[str]", start: "Callable[[list[str], Options], int]") -> int:
     """The exit status: CHECK_FINE, CHECK_UNWISE, CHECK_BROKEN."""
     try:
-        given, rest = options_given((*OPTIONS, *CHECK_OPTIONS), argv, "check")
+        given, rest = options_given((*Options.rows, *CheckOptions.rows), argv, "check")
     except ConfigError as error:
         print(f"pure-check: {error}", file=sys.stderr)
         return CHECK_BROKEN
-    own = options_merge(CHECK_OPTIONS, [one for one in given if one.row in CHECK_OPTIONS])
-    typed = [one for one in given if one.row not in CHECK_OPTIONS]
-    if any(one.row is OPTION_HELP for one in typed):
-        print(options_help(CHECK_OPTIONS, CHECK_USAGE), end="")
+    own = options_merge(CheckOptions, given)
+    if any(one.row is OPTION_HELP for one in given):
+        print(options_help(CheckOptions.by_topic, CHECK_USAGE), end="")
         return CHECK_FINE
     report = CheckReport(own.json)
     try:
         if own.host:
             (host, port), = own.host
             client = CheckClient(report, host or "127.0.0.1", 21 if port is None else port, clear=own.clear)
-            client.run(own.__dict__["as"] or "", check_password(own))
+            client.run(own.as_ or "", check_password(own))
         else:
-            options = options_judged(typed, rest)
+            options = options_judged(given, rest)
             check_configuration(report, options)
             if not own.dry:
                 check_trial(report, options, own, start)
@@ -21242,7 +21276,7 @@ FAULT_VALUES: "dict[str, tuple[Callable[[str], Any], Any]]" = {         # parser
 FAULT_FORM = "NAME[:VALUE,...][,at=N or at=every]"
 
 
-def parse_fault(text: str) -> "tuple[Any, ...]":
+def parse_fault(text: str) -> "tuple[Fault, ...]":
     """(Fault,) of a text like "cut:1000,RETR,at=2"."""
     name, *given = text.replace(":", ",", 1).split(",")
     kind = FAULTS.get(name)
@@ -21492,7 +21526,7 @@ def serve_password() -> str:
     return "".join(SERVE_LETTERS[byte % len(SERVE_LETTERS)] for byte in os.urandom(12))
 
 
-def parse_serve_user(text: str) -> "tuple[Any, ...]":
+def parse_serve_user(text: str) -> "tuple[tuple[str, str], ...]":
     """((name, password),); a password is made where none is given."""
     name, colon, password = text.partition(":")
     if not name or not text.isprintable():
@@ -21501,17 +21535,16 @@ def parse_serve_user(text: str) -> "tuple[Any, ...]":
         raise ValueError(f"is too long: {USER_MAX} bytes for the name and {PASSWORD_MAX} for the password are the most")
     return ((name, password if colon else serve_password()),)
 
-
 # fmt: off
-SERVE_OPTIONS = (
-    Option("",  "User",     "name[:password]", parse_serve_user, (), "Who may log in; repeatable. A password that is "
-           "missing is made, and a user called user where there is none", repeat="all"),
-    Option("",  "TLS",      "", flag, False, "Understand AUTH TLS, with a certificate made by openssl(1) for localhost"),
-    Option("",  "Fault",    "name[:values]", parse_fault, (), "What is to go wrong, as below; repeatable", repeat="all"),
-    Option("",  "JSON",     "", flag, False, "Say in one line of JSON how to reach it"),
-    Option("",  "Attached", "", flag, False, "End when standard input does: with the program that has started this"),
-    OPTION_HELP,
-)
+class ServeOptions(OptionTable):
+    user     = Option("", "User",     "name[:password]", parse_serve_user, (),
+        "Who may log in; repeatable. A password that is missing is made, and a user called user where there is none",
+        repeat="all")
+    tls      = Option("", "TLS",      "", flag, False, "Understand AUTH TLS, with a certificate made by openssl(1) for localhost")
+    fault    = Option("", "Fault",    "name[:values]", parse_fault, (), "What is to go wrong, as below; repeatable", repeat="all")
+    json     = Option("", "JSON",     "", flag, False, "Say in one line of JSON how to reach it")
+    attached = Option("", "Attached", "", flag, False, "End when standard input does: with the program that has started this")
+    help = OPTION_HELP
 # fmt: on
 
 
@@ -21689,7 +21722,7 @@ def serve_owner(directory: str) -> Identity:
     return uid, gid, (gid,)
 
 
-def serve_options(server: TrialServer, given: Options, root: str, users: "dict[str, str]") -> Options:
+def serve_options(server: TrialServer, given: ServeOptions, root: str, users: "dict[str, str]") -> Options:
     """The server's, and the files that they name. Raises ConfigError, OSError."""
     uid, gid, _ = serve_owner(root)
     if ":" in root or not root.isprintable():
@@ -21712,7 +21745,7 @@ def serve_options(server: TrialServer, given: Options, root: str, users: "dict[s
     return options
 
 
-def serve_start(server: TrialServer, given: Options, rest: "list[str]") -> "dict[str, Any]":
+def serve_start(server: TrialServer, given: ServeOptions, rest: "list[str]") -> "dict[str, Any]":
     """Start it: what RunningServer is told of it. Raises ConfigError, OSError."""
     from urllib.parse import quote
     users = dict(given.user or (("user", serve_password()),))
@@ -21759,9 +21792,9 @@ def tool_serve(argv: "list[str]", start: "Callable[[list[str], Options], int]") 
     """Serve a directory for tests. Exit codes: 0 ended by a signal or with standard input; MISTAKE, COULD_NOT."""
     ends = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     try:
-        given, rest = options_parse(SERVE_OPTIONS, argv, "serve")
+        given, rest = options_parse(ServeOptions, argv, "serve")
         if given.help:
-            print(options_help(SERVE_OPTIONS, SERVE_USAGE) + faults_help(), end="")
+            print(options_help(ServeOptions.by_topic, SERVE_USAGE) + faults_help(), end="")
             return 0
         if len(rest) > 1:
             raise ConfigError(f"{rest[1]}: one directory is served")
@@ -21788,22 +21821,22 @@ def tool_serve(argv: "list[str]", start: "Callable[[list[str], Options], int]") 
 
 class About(NamedTuple):
     """What there is to say of a tool."""
-    rows: "tuple[Any, ...]"         # its table of options
+    rows: "tuple[Option[Any] | str, ...]"       # its table of options
     words: "tuple[str, ...]"        # that its first argument may be
     text: str
 
 
 # fmt: off
 ABOUT_TOOLS = {
-    "pw":           About(PW_OPTIONS, (*PW_WRITERS, "import", *PW_READERS, "mkdb"), "virtual users: the file and the database"),
-    "check":        About((*CHECK_OPTIONS, *OPTIONS_BY_TOPIC), (), "what a configuration means, what is wrong, does it work"),
-    "serve":        About(SERVE_OPTIONS, (), "serve a directory to this machine, for tests of FTP clients"),
+    "pw":           About(PwOptions.by_topic, PW_ACTIONS, "virtual users: the file and the database"),
+    "check":        About((*CheckOptions.rows, *Options.by_topic), (), "what a configuration means, what is wrong, does it work"),
+    "serve":        About(ServeOptions.by_topic, (), "serve a directory to this machine, for tests of FTP clients"),
     "pwconvert":    About((), (), "the system's users as virtual users"),
-    "quotacheck":   About(QUOTACHECK_OPTIONS, (), "count what is in an account's directory"),
-    "ftpwho":       About(FTPWHO_OPTIONS, (), "who is logged in"),
-    "uploadscript": About(UPLOADSCRIPT_OPTIONS, (), "run a program for each file that is uploaded"),
-    "events":       About(EVENTS_OPTIONS, (), "hand what a json log tells to a program, or post it"),
-    "authd":        About(AUTHD_OPTIONS, (), "answer -l extauth with a program"),
+    "quotacheck":   About(QuotacheckOptions.by_topic, (), "count what is in an account's directory"),
+    "ftpwho":       About(FtpwhoOptions.by_topic, (), "who is logged in"),
+    "uploadscript": About(UploadscriptOptions.by_topic, (), "run a program for each file that is uploaded"),
+    "events":       About(EventsOptions.by_topic, (), "hand what a json log tells to a program, or post it"),
+    "authd":        About(AuthdOptions.by_topic, (), "answer -l extauth with a program"),
     "statsdecode":  About((), (), "a log of the format stats, with readable times"),
 }
 # fmt: on
@@ -21811,7 +21844,7 @@ ABOUT_NAMES = ("pureftpd.py", "pure-ftpd")
 ABOUT_FILES = ("file", "dir", "directory", "path", "program", "socket", "database", "file.pem", "method[:file]")   # of Option.arg
 
 
-def about_rows(rows: "tuple[Any, ...]") -> "list[Option]":
+def about_rows(rows: "tuple[Option[Any] | str, ...]") -> "list[Option[Any]]":
     return [row for row in rows if isinstance(row, Option) and not row.help.startswith("Not offered")]
 
 
@@ -21865,7 +21898,7 @@ def about_man() -> str:
              ".SH DESCRIPTION", about_roff(
                  "Same options, same pure-ftpd.conf, same virtual users, same logs and tools as Pure-FTPd. A configuration file "
                  "has a directive and its value on each line; yes and no for those without one."), ".SH OPTIONS"]
-    lines += about_man_options(OPTIONS_BY_TOPIC)
+    lines += about_man_options(Options.by_topic)
     lines += [".SH TOOLS", about_roff("A link to the program that is called pure-TOOL is that tool, too.")]
     for tool, about in ABOUT_TOOLS.items():
         lines += [".SS " + about_roff(f"{tool}: {about.text}")]
@@ -21875,13 +21908,13 @@ def about_man() -> str:
     return "\n".join(lines)
 
 
-def about_man_options(rows: "tuple[Any, ...]") -> "list[str]":
+def about_man_options(rows: "tuple[Option[Any] | str, ...]") -> "list[str]":
     lines = []
     for row in rows:
         if not isinstance(row, Option):
             lines += [".PP", ".B " + about_roff(row.rstrip(":"))]
         elif not row.help.startswith("Not offered"):
-            named = [d.name for d in option_directives(row) if d.offered] if rows is OPTIONS_BY_TOPIC else []
+            named = [d.name for d in option_directives(row) if d.offered] if rows is Options.by_topic else []
             text = row.help + (f" Directive: {', '.join(named)}." if named else "")
             lines += [".TP", ".B " + about_roff(option_left(row).strip()), about_roff(text)]
     return lines
@@ -21892,7 +21925,7 @@ def about_completion(shell: str) -> str:
     return {"bash": about_bash, "zsh": about_zsh, "fish": about_fish}[shell]()
 
 
-def about_words(rows: "tuple[Any, ...]") -> "list[str]":
+def about_words(rows: "tuple[Option[Any] | str, ...]") -> "list[str]":
     """The switches of a table, with = at the end of long ones that take a value."""
     words = []
     for row in about_rows(rows):
@@ -21911,7 +21944,7 @@ def about_bash() -> str:
         '    [[ $COMP_CWORD == 1 && $name != pure-* || $COMP_CWORD == 1 && $name == pure-ftpd ]] && tool=',
         "    case $tool in",
         *cases,
-        f"        *) words='{' '.join(about_words(OPTIONS_BY_TOPIC))}'",
+        f"        *) words='{' '.join(about_words(Options.by_topic))}'",
         f'           [[ $COMP_CWORD == 1 ]] && words="{" ".join(ABOUT_TOOLS)} $words" ;;',
         "    esac",
         '    COMPREPLY=($(compgen -W "$words" -- "$word"))',
@@ -21920,7 +21953,7 @@ def about_bash() -> str:
         "complete -o default -F _pureftpd " + " ".join(names)])
 
 
-def about_zsh_options(rows: "tuple[Any, ...]") -> str:
+def about_zsh_options(rows: "tuple[Option[Any] | str, ...]") -> str:
     """The arguments of zsh's _arguments for a table."""
     specifications = []
     for row in about_rows(rows):
@@ -21946,7 +21979,7 @@ def about_zsh() -> str:
         "fi",
         "case $tool in",
         *cases,
-        f"  *) _arguments -s {about_zsh_options(OPTIONS_BY_TOPIC)} '1: :{{_alternative {first}}}' ;;",
+        f"  *) _arguments -s {about_zsh_options(Options.by_topic)} '1: :{{_alternative {first}}}' ;;",
         "esac"])
 
 
@@ -21954,7 +21987,7 @@ def about_fish() -> str:
     lines = []
     tools = " ".join(ABOUT_TOOLS)
     for name in ABOUT_NAMES:
-        first = About(OPTIONS_BY_TOPIC, tuple(ABOUT_TOOLS), "")
+        first = About(Options.by_topic, tuple(ABOUT_TOOLS), "")
         lines += about_fish_options(name, f"not __fish_seen_subcommand_from {tools}", first)
         for tool, about in ABOUT_TOOLS.items():
             lines += about_fish_options(name, "__fish_seen_subcommand_from " + tool, about)
@@ -22052,7 +22085,7 @@ def variable_file(name: str, path: str) -> str:
 
 def variable_option(where: str, option: str, text: str) -> str:
     """The word of the command line for an option; ConfigError names the variable."""
-    option_given(next(row for row in OPTIONS if row.long == option), text, where)
+    option_given(next(row for row in Options.rows if row.long == option), text, where)
     return f"--{option}={text}"
 
 
@@ -22302,7 +22335,7 @@ def variables_rewritten(argv: "list[str]") -> "list[str]":
     rest = [word for word in argv if not (word.startswith("--en") and "--env".startswith(word))]
     added = values.get("ADDED_FLAGS", "").split()
     try:
-        options_given(OPTIONS, added, "ADDED_FLAGS")
+        options_given(Options.rows, added, "ADDED_FLAGS")
     except ConfigError as error:
         raise ConfigError(f"ADDED_FLAGS: {error}") from None
     typed = options_read([*added, *rest])
@@ -22572,7 +22605,7 @@ def main(argv: "list[str]") -> int:
             return tool_end(PROGRAM, lambda: print("\n".join(about_version())))
         options = options_read(argv[1:])
         if options.help:
-            return tool_end(PROGRAM, lambda: print(options_help(OPTIONS_BY_TOPIC, USAGE % ", ".join(TOOLS))))
+            return tool_end(PROGRAM, lambda: print(options_help(Options.by_topic, USAGE % ", ".join(TOOLS))))
         if options.version or options.man or options.completion:
             return tool_end(PROGRAM, lambda: print(about_man() if options.man else about_completion(options.completion)
                                                    if options.completion else "pureftpd.py " + VERSION))

@@ -105,7 +105,7 @@ import types
 import unittest
 import warnings
 from pureftpd import (
-    BackendBroken, ConfigError, Defender, NoLogin, OPTIONS, Option, Peer, access_allows, access_is_trusted,
+    BackendBroken, ConfigError, Defender, NoLogin, Option, OptionTable, Options, Peer, access_allows, access_is_trusted,
     access_now, address_text, flag, options_parse, options_read,
 )
 from unittest import mock
@@ -195,7 +195,10 @@ class CallGraph:
                 if word in table:
                     yield name, table[word]
         for word in ((self.read | self.known) - self.never) & self.classes.keys():
-            for part in [*self.classes[word].bases, *self.classes[word].body]:
+            bases = self.classes[word].bases
+            if word not in self.read and any(getattr(base, "id", "") == "OptionTable" for base in bases):
+                continue                                    # its rows parse for who names the table; the rest has their values
+            for part in [*bases, *self.classes[word].body]:
                 method = isinstance(part, ast.FunctionDef)
                 if not method or (word in self.read if part.name.startswith("__") else part.name in self.attributes):
                     yield word + "." + part.name if method else None, part
@@ -412,15 +415,6 @@ class Layout(unittest.TestCase):
         wrong = {node.lineno for node in self.nodes
                  if isinstance(node, ast.Call) and getattr(node.func, "id", "") in large - {"Option", "Directive"} and node.args}
         self.assertEqual(wrong, set(), "lines")
-
-    def test_options_are_asked_for_by_names_that_they_have(self):
-        """No type checker sees a slip in options.maxclientsnumber, which would end a process when it is looked at."""
-        known = {row.long for table in vars(pureftpd).values() if isinstance(table, tuple) for row in table
-                 if isinstance(row, Option)}
-        known |= {"origins", "configfile", "configfiles", "includesmissing", "server_uid", "__dict__"}
-        asked = {node.attr for node in self.nodes if isinstance(node, ast.Attribute)
-                 and re.search(r"^(.*\.)?(?<!listing\.)options$", ast.unparse(node.value))}
-        self.assertEqual(asked - known, set())
 
     def test_lines_fit(self):
         for path in (pureftpd.__file__, __file__):
@@ -1777,57 +1771,57 @@ class OptionsTable(unittest.TestCase):
     }
 
     def test_no_two_rows_share_a_switch_or_a_directive(self):
-        switches = [f"-{row.short}" for row in OPTIONS if row.short] + [f"--{row.long}" for row in OPTIONS]
-        directives = [d.name.lower() for row in OPTIONS for d in pureftpd.option_directives(row)]
+        switches = [f"-{row.short}" for row in Options.rows if row.short] + [f"--{row.long}" for row in Options.rows]
+        directives = [d.name.lower() for row in Options.rows for d in pureftpd.option_directives(row)]
         for names in (switches, directives):
             self.assertEqual(sorted(names), sorted(set(names)))
 
     def test_all_switches_of_the_original_are_there(self):
         original = "0123456AaBbcCdDeEfFgGhHIijJKklLMmNnoOpPqQrRsStTuUvVwWxXyYzZ".replace("5", "")
-        self.assertEqual(sorted(row.short for row in OPTIONS if row.short), sorted(original))
+        self.assertEqual(sorted(row.short for row in Options.rows if row.short), sorted(original))
 
     def test_every_argument_has_a_good_and_a_bad_value_here(self):
-        self.assertEqual({row.long for row in OPTIONS if row.arg} - {"bonjour"}, set(self.VALUES))
+        self.assertEqual({row.long for row in Options.rows if row.arg} - {"bonjour"}, set(self.VALUES))
 
     def test_good_values(self):
-        for row in OPTIONS:
+        for row in Options.rows:
             if row.arg and row.long in self.VALUES:
                 good, value, _, _ = self.VALUES[row.long]
                 for argv in (["-" + row.short, good], ["-" + row.short + good], [f"--{row.long}={good}"],
                              ["--" + row.long, good]):
                     if row.short or argv[0].startswith("--"):
                         with self.subTest(argv):
-                            self.assertEqual(getattr(options_parse(OPTIONS, argv, "x")[0], row.long), value)
+                            self.assertEqual(getattr(options_parse(Options, argv, "x")[0], row.long), value)
 
     def test_errors_name_the_switch_the_value_and_the_remedy(self):
         for long, (_, _, bad, remedy) in self.VALUES.items():
             with self.subTest(long), self.assertRaises(ConfigError) as caught:
-                options_parse(OPTIONS, [f"--{long}={bad}"], "x")
+                options_parse(Options, [f"--{long}={bad}"], "x")
             message = str(caught.exception)
             self.assertIn(remedy, message)
             self.assertTrue(message.startswith(f"--{long} {bad}".rstrip().replace("\t", "\\x09") + ": "), message)
             self.assertNotIn("\n", message)
 
     def test_flags(self):
-        for row in OPTIONS:
+        for row in Options.rows:
             if not row.arg:
                 with self.subTest(row.long):
-                    self.assertFalse(getattr(options_parse(OPTIONS, [], "x")[0], row.long))
-                    self.assertTrue(getattr(options_parse(OPTIONS, ["--" + row.long], "x")[0], row.long))
+                    self.assertFalse(getattr(options_parse(Options, [], "x")[0], row.long))
+                    self.assertTrue(getattr(options_parse(Options, ["--" + row.long], "x")[0], row.long))
 
     def test_help_shows_the_default(self):
         """A default in brackets at the end of the help is what one would write to get it."""
-        for row in OPTIONS:
+        for row in Options.rows:
             shown = re.search(r"\[(.*)\]$", row.help)
             with self.subTest(row.long):
-                self.assertEqual(bool(shown), row.arg != "" and row.default not in (None, ()) and row.short != "C")
+                self.assertEqual(bool(shown), row.arg != "" and row.default not in (None, (), "") and row.short != "C")
                 if shown:
                     self.assertEqual(row.parse(shown[1]), row.default)
 
     def test_help_is_100_columns_wide_and_names_everything(self):
-        text = pureftpd.options_help(pureftpd.OPTIONS_BY_TOPIC, "Usage: pure-ftpd")
+        text = pureftpd.options_help(Options.by_topic, "Usage: pure-ftpd")
         self.assertLessEqual(max(map(len, text.splitlines())), 100)
-        for row in OPTIONS:
+        for row in Options.rows:
             self.assertRegex(text, rf"(?m)^  {f'-{row.short},' if row.short else '   '} --{row.long}\b")
         self.assertIn("(in a file: MaxDiskUsage)", re.sub(r"\s+", " ", text))
 
@@ -1837,28 +1831,27 @@ class OptionsTable(unittest.TestCase):
             self.skipTest("no README.md here")
         with open(readme, encoding="utf-8") as file:
             lines = file.read().splitlines()
-        missing = [line for line in options_markdown(pureftpd.OPTIONS_BY_TOPIC) if line not in lines]
+        missing = [line for line in options_markdown(Options.by_topic) if line not in lines]
         self.assertEqual(missing, [], "README.md lacks:\n" + "\n".join(missing))
 
 
 class OptionsCommandLine(unittest.TestCase):
     """getopt_long(3)'s manners, for the daemon and for tools."""
 
-    ROWS = (
-        Option("v", "Verbose", "", flag, 0, "More.", repeat="count"),
-        Option("f", "File", "file", str, None, "A file."),
-        Option("i", "Item", "a", lambda text: (text,), (), "An item.", repeat="all"),
-        Option("", "FileMode", "mode", str, "", "A mode."),
-        pureftpd.OPTION_HELP,
-    )
+    class Table(OptionTable):
+        verbose = Option("v", "Verbose", "", flag, 0, "More.", repeat="count")
+        file = Option("f", "File", "file", str, None, "A file.")
+        item = Option("i", "Item", "a", lambda text: (text,), (), "An item.", repeat="all")
+        filemode = Option("", "FileMode", "mode", str, "", "A mode.")
+        help = pureftpd.OPTION_HELP
 
     def parse(self, *argv):
-        options, rest = options_parse(self.ROWS, list(argv), "pure-tool")
+        options, rest = options_parse(self.Table, list(argv), "pure-tool")
         return {name: value for name, value in vars(options).items() if value and name != "origins"}, rest
 
     def refused(self, *argv):
         with self.assertRaises(ConfigError) as caught:
-            options_parse(self.ROWS, list(argv), "pure-tool")
+            options_parse(self.Table, list(argv), "pure-tool")
         return str(caught.exception)
 
     def test_bundles_abbreviations_and_order(self):
@@ -1891,12 +1884,20 @@ class OptionsCommandLine(unittest.TestCase):
                 self.assertEqual(self.refused(*argv), message)
 
     def test_origins_remember_who_said_it(self):
-        options, _ = options_parse(self.ROWS, ["-vf", "x", "--item=a"], "pure-tool")
+        options, _ = options_parse(self.Table, ["-vf", "x", "--item=a"], "pure-tool")
         self.assertEqual(options.origins, {"verbose": "-v", "file": "-f x", "item": "--item a"})
 
     def test_an_attribute_without_row_is_an_error(self):
         with self.assertRaises(AttributeError):
-            getattr(options_parse(self.ROWS, [], "pure-tool")[0], "nosuch" + "row")
+            getattr(options_parse(self.Table, [], "pure-tool")[0], "nosuch" + "row")
+
+    def test_attributes_have_the_names_of_the_long_options(self):
+        """As far as these are names; and an attribute that nobody has set is the default, not its row."""
+        for table in OptionTable.__subclasses__():
+            nothing = table()
+            for row in table.rows:
+                self.assertEqual(row.attribute.rstrip("_").replace("_", "-"), row.long)
+                self.assertIs(getattr(nothing, row.attribute), row.default)
 
 
 class OptionValues(unittest.TestCase):
@@ -2088,7 +2089,7 @@ class ConfigFile(unittest.TestCase):
                 self.assertEqual(self.refused(f"# first\nTLS 1\n{line}\n"), f"c.conf:3: {line}: {message}")
 
     def test_every_directive_refuses_a_bad_value(self):
-        for row in OPTIONS:
+        for row in Options.rows:
             for directive in pureftpd.option_directives(row):
                 bad = '"' if directive.arg else "maybe"
                 with self.subTest(directive.name):
@@ -2101,7 +2102,6 @@ class ConfigFile(unittest.TestCase):
         options = options_read([self.file("TLS 1\nInclude a.conf\nInclude none.conf\nInclude /nowhere/x\nMinUID 8\n")])
         self.assertEqual((options.tls, options.nochmod, options.minuid), (2, True, 8))
         self.assertEqual([os.path.basename(path) for path in options.configfiles], ["c.conf", "a.conf", "b.conf"])
-        self.assertEqual(options.configfile, os.path.join(self.folder, "c.conf"))
 
     def test_errors_in_an_included_file_name_that_file(self):
         self.file("\nTLS x\n", "a.conf")
@@ -2149,7 +2149,7 @@ class OptionsTogether(unittest.TestCase):
                             "limitrecursion": (10000, 5), "login": (), "bind": (), "tls": 0, "minuid": 0,
                             "syslogfacility": "ftp", "verboselog": 0, "passiveportrange": None, "forcepassiveip": (),
                             "certfile": (OptionsTable.CERTIFICATE,) * 2, "daemonize": False, "altlog": (),
-                            "configfile": None, "configfiles": (), "origins": {}}.items():
+                            "configfiles": (), "origins": {}}.items():
             with self.subTest(name):
                 self.assertEqual(getattr(options, name), value)
 
@@ -2204,7 +2204,7 @@ class ConfigExample(unittest.TestCase):
                         self.assertTrue(options.origins or line.startswith("#Include"))
 
     def test_it_has_what_the_table_has(self):
-        directives = {d.name for row in OPTIONS for d in pureftpd.option_directives(row) if d.offered}
+        directives = {d.name for row in Options.rows for d in pureftpd.option_directives(row) if d.offered}
         shown = {re.match(r"#?(\w+)", line)[1] for line in self.lines if re.match(r"#?\w", line)}
         self.assertEqual(shown, directives | {"Include"})
 
@@ -8458,7 +8458,7 @@ class TransferLogFormats(unittest.TestCase):
 
     def test_table_of_formats_is_the_table_of_the_option(self):
         for form in pureftpd.TRANSFERLOG_FORMATS:
-            options, _ = pureftpd.options_parse(pureftpd.OPTIONS, ["-O", form + ":/x"], "pureftpd.py")
+            options, _ = pureftpd.options_parse(Options, ["-O", form + ":/x"], "pureftpd.py")
             self.assertEqual(options.altlog, ((form, "/x"),))
 
 
@@ -16016,9 +16016,9 @@ class Thing:
 exec("def constant(): return b'constant'")               # the parser keeps what is in the program itself
 old, mortal = [Thing(), "text" * 100, (1.5, b"bytes" * 100)], pureftpd.Peer("192.0.2.1", 1, "192.0.2.2", 21)
 shared = pureftpd.objects_share((pureftpd.Peer,))
-before = [sys.getrefcount(one) for one in (old, old[1], pureftpd.OPTIONS, constant(), mortal)]
-many = [(old, old[1], pureftpd.OPTIONS, constant(), mortal)[n % 5] for n in range(5000)]
-after = [sys.getrefcount(one) for one in (old, old[1], pureftpd.OPTIONS, constant(), mortal)]
+before = [sys.getrefcount(one) for one in (old, old[1], pureftpd.Options.rows, constant(), mortal)]
+many = [(old, old[1], pureftpd.Options.rows, constant(), mortal)[n % 5] for n in range(5000)]
+after = [sys.getrefcount(one) for one in (old, old[1], pureftpd.Options.rows, constant(), mortal)]
 gc.collect()
 thing = Thing()
 gone = weakref.ref(thing)
@@ -21118,7 +21118,7 @@ class CheckReadings(LoginServers):
         pem, other = os.path.join(place, "one.pem"), os.path.join(place, "two.pem")
         log = pureftpd.Log(pureftpd.LogSink("none", False, 0))
         for path in pem, other:
-            pureftpd.certificate_make(options_parse(OPTIONS, ["-2", path], "")[0], log)
+            pureftpd.certificate_make(options_parse(Options, ["-2", path], "")[0], log)
         def judged(*words):
             return self.check("-l", login, "-E", "-Y", "2", *words)[1]
         self.demand(judged("-2", pem), "fine", "one.pem fits its key, and ends on 2")
@@ -21772,7 +21772,7 @@ class FaultTable(unittest.TestCase):
 
     def test_a_daemon_cannot_be_asked_for_one(self):
         """No option of its own, no directive, no variable; and what makes them is code of a tool's, which it does not have."""
-        self.assertFalse([row.name for row in OPTIONS if "fault" in row.name.lower()])
+        self.assertFalse([row.name for row in Options.rows if "fault" in row.name.lower()])
         with self.assertRaisesRegex(ConfigError, "unknown option"):
             options_read(["--fault=cut:1"])
         source = inspect.getsource(pureftpd)
@@ -21874,7 +21874,7 @@ class AboutPages(unittest.TestCase):
 
     def test_the_manual_has_every_option_and_roff_takes_it(self):
         page = pureftpd.about_man()
-        for row in (*OPTIONS, *pureftpd.PW_OPTIONS, *pureftpd.FTPWHO_OPTIONS):
+        for row in (*Options.rows, *pureftpd.PwOptions.rows, *pureftpd.FtpwhoOptions.rows):
             if isinstance(row, Option) and not row.help.startswith("Not offered"):
                 self.assertIn("\\-\\-" + row.long.replace("-", "\\-"), page)
         self.assertNotRegex(page, r"(?m)^\.(?!TH |SH |SS |TP$|PP$|B |br$)")
@@ -21911,7 +21911,7 @@ class AboutPages(unittest.TestCase):
     def test_help_is_as_wide_as_the_terminal(self):
         for columns, widest in ((40, 46), (72, 72), (100, 120), (300, 120)):       # what cannot be broken sticks out
             with self.subTest(columns), mock.patch.object(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 24))):
-                text = pureftpd.options_help(pureftpd.PW_OPTIONS, pureftpd.PW_USAGE)
+                text = pureftpd.options_help(pureftpd.PwOptions.by_topic, pureftpd.PW_USAGE)
                 self.assertLessEqual(max(map(len, text.splitlines())), widest)
                 self.assertIn("change what the options say", text)
                 for tool in pureftpd.TOOLS:
@@ -22221,7 +22221,7 @@ class LeanStart(unittest.TestCase):
                     pureftpd.restart_lean(full)
 
     def test_the_options_that_need_the_code_of_the_tools_are_known_however_short(self):
-        names = [row.long for row in OPTIONS]
+        names = [row.long for row in Options.rows]
         for option in {name[:end] for name in names for end in range(1, len(name) + 1)}:
             meant = [name for name in names if name.startswith(option)]
             if len(meant) == 1:
