@@ -213,11 +213,13 @@ import socket
 import stat
 import struct
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import islice
+from operator import gt
 from types import CodeType, SimpleNamespace
 from typing import Any, Callable, Generic, NamedTuple, TypeVar, Union
 
@@ -2394,7 +2396,10 @@ def hash_check(hashed: str) -> "Callable[[bytes, str], bool] | None":
     if old and set(CRYPT64).issuperset(old):
         return crypt_verify                                         # crypt(5): bsdicrypt, descrypt
     dollars = hashed.count("$")                                     # clear text may begin with one
-    return next((check for prefix, least, check in HASH_CHECKS if hashed.startswith(prefix) and dollars >= least), None)
+    for prefix, least, check in HASH_CHECKS:
+        if hashed.startswith(prefix) and dollars >= least:
+            return check
+    return None
 
 
 def password_usable(hashed: str) -> bool:
@@ -2628,9 +2633,9 @@ class PasswdRecord(NamedTuple):
         begin, dash, end = given["time"].partition(b"-")
         if given["time"] and not (dash and begin.isdigit() and end.isdigit() and len(begin) < 5 and len(end) < 5):
             raise ValueError(f"field time should be like 900-1800, not [{printable(given['time'])}]")
-        uid, gid = (passwd_number(name, given[name], 1, 0xFFFFFFFE) for name in ("uid", "gid"))
+        uid, gid = [passwd_number(name, given[name], 1, 0xFFFFFFFE) for name in ("uid", "gid")]
         numbers: Any = {name: passwd_number(name, given[name]) if given[name] else None for name in PASSWD_FIELDS[6:13]}
-        numbers.update((name, numbers[name] or None) for name in ("ratio_ul", "ratio_dl"))      # Compat: a ratio of 0 is none
+        numbers.update(ratio_ul=numbers["ratio_ul"] or None, ratio_dl=numbers["ratio_dl"] or None)  # Compat: a ratio of 0 is none
         texts: Any = {name: given[name].decode("utf-8", "surrogateescape") for name in PASSWD_FIELDS[13:]}
         return cls(login=given["login"], hash=given["hash"].decode("ascii", "replace"), uid=uid, gid=gid, gecos=given["gecos"],
                    home=given["home"], **numbers, **texts)
@@ -5475,6 +5480,9 @@ def backends_stale(options: Options) -> "list[str]":
     return list(filter(None, [stale(argument) for stale, argument in asked if stale]))
 
 
+NO_TEXT = frozenset(b"\n\r\0")              # what no name and no password holds
+
+
 def authenticate(options: Options, user: bytes, password: bytes, peer: Peer, log: Log) -> Account:
     """The account of `user`, by the first back end that knows them. Raises NoLogin, BackendBroken.
 
@@ -5482,7 +5490,7 @@ def authenticate(options: Options, user: bytes, password: bytes, peer: Peer, log
     """
     if not access_is_trusted(options.trustedip, peer):
         raise NoLogin(f"{peer.local_address} is for anonymous users only (-V)")
-    if not user or any(byte in text for text in (user, password) for byte in b"\n\r\0"):
+    if not user or not NO_TEXT.isdisjoint(user) or not NO_TEXT.isdisjoint(password):
         raise NoLogin("a name or password that cannot be")
     chain = authentication_chain(options)
     try:
@@ -5750,7 +5758,7 @@ class LoginRequest(NamedTuple):
 def login_message(request: LoginRequest) -> bytes:
     """The bytes of a LOGIN. Raises ValueError when a field is longer than its limit."""
     fields = request.user, request.password, request.negotiated.client, request.negotiated.sni, request.pending
-    if any(len(field) > most for field, most in zip(fields, LOGIN_LIMITS)):
+    if any(map(gt, map(len, fields), LOGIN_LIMITS)):
         raise ValueError("a field of LOGIN is too long")
     head = LOGIN_HEAD.pack(LOGIN, request.id, request.negotiated.flags(), request.negotiated.facts, *map(len, fields),
                            request.marks, request.told)
@@ -5762,7 +5770,7 @@ def login_parse(message: bytes) -> LoginRequest:
     if len(message) < LOGIN_HEAD.size:
         raise MessageError("short LOGIN")
     kind, number, flags, facts, *lengths, marks, told = LOGIN_HEAD.unpack_from(message)
-    if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(n > m for n, m in zip(lengths, LOGIN_LIMITS)):
+    if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(map(gt, lengths, LOGIN_LIMITS)):
         raise MessageError("LOGIN whose lengths do not add up")
     fields, start = [], LOGIN_HEAD.size
     for length in lengths:
@@ -6483,7 +6491,8 @@ class IdNames(dict[Any, Any]):
     """uid or gid -> its ten columns of a LIST line: a `known` name, what `lookup(id)` finds, or the number."""
 
     def __init__(self, known: Any = (), lookup: "Callable[[int], str] | None" = None) -> None:
-        super().__init__((number, self.column(name)) for number, name in dict(known).items())
+        for number, name in dict(known).items():
+            self[number] = self.column(name)
         self.lookup = lookup
 
     @staticmethod
@@ -15467,6 +15476,8 @@ def names_needed(setup: Setup, peer: Peer) -> "tuple[str, tuple[tuple[Network | 
         return text.replace(".", "").isdigit()
 
     options = setup.options
+    if options.dontresolve and not options.forcepassiveip:
+        return peer.address, ()
     addresses = {name: name for _, name in options.forcepassiveip if dotted(name)}
     names = [name for _, name in options.forcepassiveip if not dotted(name)]
     if options.dontresolve and not names:
@@ -15527,6 +15538,8 @@ def home_obstacle(above: bytes, path: bytes) -> str:
     place = b""
     for name in (b"", *path_parts(path)):
         place = place.rstrip(b"/") + b"/" + name
+        if os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            continue
         shown = printable((above + place).rstrip(b"/") or b"/")
         try:
             st = os.stat(place)
@@ -15811,7 +15824,7 @@ def peer_of(fd: int) -> "Peer | None":
     Raises MessageError for what is no such connection.
     """
     try:
-        sock = socket.socket(fileno=fd)
+        sock = socket.SocketType(fileno=fd)                 # whose family and type are numbers, no enums
     except OSError:
         raise MessageError("not a socket") from None
     try:
@@ -16029,7 +16042,7 @@ class LoginKeeper(PortKeeper):
         seconds = time.monotonic() - child.permitted
         self.counted["logins_tls" if child.asker is not None and child.asker.state == STATE_TLS else "logins_clear"] += 1
         self.counted["login_microseconds"] += int(seconds * 1e6)
-        self.counted["login_%d" % sum(seconds > most for most in LOGIN_BOUNDS)] += 1
+        self.counted["login_%d" % bisect_left(LOGIN_BOUNDS, seconds)] += 1
 
     def count_refusal(self, verdict: int) -> None:
         refusals = {VERDICT_WRONG: "refused_login", VERDICT_LIMIT: "refused_sessions"}
