@@ -8769,6 +8769,7 @@ file_hashes = FileHashes()
 
 # (code, text); bytes that are a reply already; None: answered elsewhere
 Reply = Union["tuple[int, str | bytes]", bytes, None]
+Feature = Union[str, Callable[["Conversation"], "str | None"]]
 
 
 class Command(NamedTuple):
@@ -8778,7 +8779,7 @@ class Command(NamedTuple):
     missing: "tuple[int, str] | None" = None        # the reply when the argument is missing; None: it may be
     data: bool = False                              # opens a data connection
     idle: bool = False                              # does not count as activity
-    feat: "str | Callable[[Any], str | None]" = ""  # its line in FEAT
+    feat: "Feature" = ""                            # its line in FEAT
     help: bool = True                               # shown by HELP
     failing: bytes = b"%(why)b"                     # the reply's text when a system call fails; see failure_reply()
 
@@ -8790,10 +8791,11 @@ SITE_COMMANDS: "dict[bytes, Command]" = {}
 Handler = TypeVar("Handler", bound=Callable[..., Reply])
 
 
-def command(*verbs: str, table: "dict[bytes, Command]" = COMMANDS, **properties: Any) -> "Callable[[Handler], Handler]":
+def command(*verbs: str, table: "dict[bytes, Command]" = COMMANDS, feat: Feature = "",
+            **properties: Any) -> "Callable[[Handler], Handler]":
     """Register a method as the handler of `verbs`; Command lists the properties and their defaults."""
     def register(method: "Handler") -> "Handler":
-        row = Command(method=method.__name__, **properties)
+        row = Command(method=method.__name__, feat=feat, **properties)
         for verb in verbs:
             table[verb.encode()] = row
             row = row._replace(feat="", help=False)         # FEAT and HELP name a handler once
@@ -8814,7 +8816,7 @@ class Conversation:
     """What a client and the server have said to each other so far, and the commands that need no login."""
 
     __slots__ = ("options", "log", "negotiated", "input", "encrypted", "host", "denials", "denials_till")
-    logged_in = False
+    logged_in = anonymous = False               # anonymous: logged in as such
 
     def __init__(self, options: Options, log: Log, negotiated: Negotiated, pending: bytes, encrypted: bool, host: str) -> None:
         self.options, self.log = options, log
@@ -10576,6 +10578,7 @@ class SessionLoop(Conversation):
     def __init__(self, options: Options, log: Log, handover: Handover) -> None:
         super().__init__(options, log, handover.negotiated, handover.pending, handover.peer.encrypted, handover.host)
         self.handover, self.account, self.tree, self.control = handover, handover.account, handover.tree, handover.control
+        self.anonymous = handover.account.anonymous
         self.attention = Attention(handover.control, handover.channel, self.input)
         self.quota = Quota(self.tree, *quota_limits(options, handover.account, handover.trusted), log)
         self.signs = 0                                  # what the relay is told with the next reply: RELAY_TICKET, RELAY_CLEAR
@@ -10716,7 +10719,7 @@ class SessionLoop(Conversation):
         return logs
 
     def user_shown(self) -> bytes:
-        return b"ftp" if self.account.anonymous else self.account.name
+        return b"ftp" if self.anonymous else self.account.name
 
     def farewell(self) -> str:
         return ("Goodbye. You uploaded %d and downloaded %d kbytes.\nLogout." %
@@ -10725,7 +10728,7 @@ class SessionLoop(Conversation):
     def greeting(self) -> bytes:
         """What 230 says: the user's own banner, then where one is."""
         where = self.tree.working_directory()
-        if self.account.anonymous:
+        if self.anonymous:
             last = b"Anonymous user logged in"
         elif self.handover.chrooted and b"/./" not in self.account.home:
             last = b"OK. Current restricted directory is " + where
@@ -10771,7 +10774,7 @@ class SessionLoop(Conversation):
 
         Compat: an anonymous user may say so again, with or without a password (douser, dopass).
         """
-        if self.account.anonymous:
+        if self.anonymous:
             return 230, "Anonymous user logged in"
         return super().do_user(argument)
 
@@ -10852,7 +10855,7 @@ class FileCommands(SessionLoop):
         """`path`, when its name may be used so. Raises Refuse(553) (checknamesanity, -x, -X, -z)."""
         dotted = leads_with_dot(path)
         if dotted and not self.handover.trusted:
-            if self.account.anonymous:
+            if self.anonymous:
                 refused = write or not self.options.allowdotfiles
             else:
                 refused = self.options.prohibitdotfilesread or write and self.options.prohibitdotfileswrite
@@ -10870,7 +10873,7 @@ class FileCommands(SessionLoop):
 
     def for_users(self, what: str) -> None:
         """Raise Refuse(550) for anonymous users."""
-        if self.account.anonymous:
+        if self.anonymous:
             raise Denied(550, "Anonymous users may not " + what)
 
     def may_make_directories(self) -> None:
@@ -11667,9 +11670,9 @@ class TransferCommands(FileCommands):
         """Raise Refuse(550) for what is not sent to this user."""
         if not stat.S_ISREG(st.st_mode):
             raise Refuse(550, NOT_REGULAR)
-        if self.account.anonymous and self.options.antiwarez and st.st_uid == self.account.uid:
+        if self.anonymous and self.options.antiwarez and st.st_uid == self.account.uid:
             raise Denied(550, "This file was uploaded by an anonymous user and has to be looked at first")
-        if self.account.anonymous and self.handover.overloaded:
+        if self.anonymous and self.handover.overloaded:
             raise Denied(550, "The server is too busy for anonymous downloads, try again later")
 
     @command("RETR", missing=(501, "Which file?"), data=True, failing=b"Can't open %(name)b: %(why)b")
@@ -11778,7 +11781,7 @@ class HashCommands(TransferCommands):
         self.hash_name = file_hashes.selected()             # OPTS HASH
 
     def may_hash(self) -> bool:
-        return bool(file_hashes.functions) and (self.options.anonymoushash or not self.account.anonymous)
+        return bool(file_hashes.functions) and (self.options.anonymoushash or not self.anonymous)
 
     def hash_selected(self) -> bytes:
         return self.hash_name
@@ -12075,7 +12078,7 @@ class UploadCommands(HashCommands):
             return
         if not stat.S_ISREG(st.st_mode):
             raise Refuse(553, CANNOT_OPEN + (os.strerror(errno.EISDIR) if stat.S_ISDIR(st.st_mode) else "It is no regular file"))
-        if self.account.anonymous and st.st_size:
+        if self.anonymous and st.st_size:
             raise Denied(550, "Anonymous users may not overwrite files")
 
     def free_name(self, path: bytes) -> bytes:
@@ -12091,11 +12094,11 @@ class UploadCommands(HashCommands):
 
         Raises Refuse, leaving nothing behind.
         """
-        if not (self.quota.limited or self.account.anonymous):
+        if not (self.quota.limited or self.anonymous):
             return upload
         try:
             held = upload_hold(upload.fd)
-            if not held and (self.account.anonymous or not upload.whole):
+            if not held and (self.anonymous or not upload.whole):
                 raise Refuse(450, WRITTEN_BY_ANOTHER)
             try:
                 self.upload_check(os.fstat(upload.fd), False)           # who held it until now may have filled it
@@ -12355,7 +12358,7 @@ class CopyCommands(UploadCommands):
         return self.copy(source, argument)
 
     @command("COPY", table=SITE_COMMANDS, missing=(501, COPY_TAKES), failing=b"Can't copy: %(why)b",
-             feat=lambda self: "" if self.logged_in and self.account.anonymous else "SITE COPY")
+             feat=lambda self: "" if self.anonymous else "SITE COPY")
     def do_site_copy(self, argument: bytes) -> Reply:
         """Both in one."""
         source, target = two_names(argument, COPY_TAKES)
@@ -12378,8 +12381,7 @@ class CopyCommands(UploadCommands):
             return self.upload_run(upload, meter, Copying(self, file))
 
     @command("SYMLINK", table=SITE_COMMANDS, missing=(501, SYMLINK_TAKES), failing=b"Can't make that link: %(why)b",
-             feat=lambda self: "SITE SYMLINK" if self.options.allowsymlinks
-             and not (self.logged_in and self.account.anonymous) else None)
+             feat=lambda self: "SITE SYMLINK" if self.options.allowsymlinks and not self.anonymous else None)
     def do_site_symlink(self, argument: bytes) -> Reply:
         """`SITE SYMLINK TARGET LINK`: both are seen from the working directory, as all names are."""
         if not self.options.allowsymlinks:
@@ -12414,7 +12416,7 @@ class Session(CopyCommands):
     def view(self) -> ListView:
         options, (files, depth) = self.options, self.options.limitrecursion
         users, groups = self.handover.names
-        return ListView(users=users, groups=groups, anonymous=self.account.anonymous,
+        return ListView(users=users, groups=groups, anonymous=self.anonymous,
                         broken_clients=options.brokenclientscompatibility, show_dot_files=options.displaydotfiles,
                         max_files=files, max_depth=depth, facts=self.facts(),
                         rights=self.rights())
