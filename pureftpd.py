@@ -675,7 +675,11 @@ def area_kind(size: int) -> Any:
 
 
 class MemoryFile:
-    """A file in memory that PRIV shares with its login children. Where there are none, and in all other processes, `fd` is -1."""
+    """A file in memory that PRIV shares with its login children. Where there are none, and once it is given up, `fd` is -1.
+
+    There is one of a kind in a process, as there is one table of descriptors: its begin() is PRIV's, its close() each child's own
+    affair. So they are names of modules: of 34 functions that would hand two of them on to the back ends' checks, 14 use one.
+    """
 
     def __init__(self) -> None:
         self.fd = -1
@@ -8720,41 +8724,20 @@ def openssl_function(name: str) -> Any:
     return getattr(_hashlib, "openssl_" + name)
 
 
-class FileHashes:
-    """What can be computed here: nothing until load()."""
+file_hashes: "dict[bytes, Callable[[], Any]]" = {}      # what can be computed here: nothing until file_hashes_load()
 
-    def __init__(self) -> None:
-        self.functions: "dict[bytes, Callable[[], Any]]" = {}
 
-    def load(self, tls: bool) -> None:
-        """In PRIV, before it forks. What this Python has not, or may not use (FIPS), is not offered."""
-        for name, module in FILE_HASHES.items():
-            for function in self.found(module, tls):
-                try:
-                    function()
-                except ValueError:
-                    continue
-                self.functions[name] = function
-                break
-
-    @staticmethod
-    def found(name: str, tls: bool) -> "Iterator[Callable[[], Any]]":
-        """What computes hashlib's `name`, the best first."""
-        if name == "crc32":
-            yield Crc32
-            return
-        for look in (openssl_function, digest_function)[not tls:]:
+def file_hashes_load(tls: bool) -> None:
+    """In PRIV, before it forks. What this Python has not, or may not use (FIPS), is not offered."""
+    for name, module in FILE_HASHES.items():
+        for look in [openssl_function, digest_function][not tls:] if module != "crc32" else [lambda _: Crc32]:
             try:
-                yield look(name)
-            except (ImportError, AttributeError):
+                function = look(module)
+                function()
+            except (ImportError, AttributeError, ValueError):
                 continue
-
-    def selected(self) -> bytes:
-        """What HASH takes at first; b"" for none."""
-        return next(iter(self.functions), b"")
-
-
-file_hashes = FileHashes()
+            file_hashes[name] = function
+            break
 
 # ==== Commands ====================================================================================
 # What is true of a verb stands above its handler; dispatch() enforces it and names no verb. A verb that does not say
@@ -8996,14 +8979,14 @@ class Conversation:
 
     def hash_selected(self) -> bytes:
         """The algorithm that HASH takes."""
-        return file_hashes.selected()
+        return next(iter(file_hashes), b"")
 
     def hash_select(self, name: bytes) -> Reply:
         raise Refuse(*NOT_LOGGED_IN)
 
     def hash_feature(self) -> "str | None":
         """HASH's line in FEAT: what can be computed, a star behind what is selected (draft-bryan-ftpext-hash-02, 3.1)."""
-        names = ((name.decode(), "*" if name == self.hash_selected() else "") for name in file_hashes.functions)
+        names = ((name.decode(), "*" if name == self.hash_selected() else "") for name in file_hashes)
         return "HASH " + "".join("%s%s;" % pair for pair in names) if self.may_hash() else None
 
     def changeable(self) -> "list[str]":
@@ -9012,7 +8995,7 @@ class Conversation:
 
     def may_hash(self) -> bool:
         """Whether this client may ask for hashes of files, as far as can be told before the login."""
-        return bool(file_hashes.functions) and (self.options.anonymoushash or not self.options.anonymousonly)
+        return bool(file_hashes) and (self.options.anonymoushash or not self.options.anonymousonly)
 
     @command("FEAT", login=False)
     def do_feat(self, argument: bytes) -> Reply:
@@ -11778,10 +11761,10 @@ class HashCommands(TransferCommands):
 
     def __init__(self, options: Options, log: Log, handover: Handover) -> None:
         super().__init__(options, log, handover)
-        self.hash_name = file_hashes.selected()             # OPTS HASH
+        self.hash_name = super().hash_selected()            # OPTS HASH
 
     def may_hash(self) -> bool:
-        return bool(file_hashes.functions) and (self.options.anonymoushash or not self.anonymous)
+        return bool(file_hashes) and (self.options.anonymoushash or not self.anonymous)
 
     def hash_selected(self) -> bytes:
         return self.hash_name
@@ -11789,7 +11772,7 @@ class HashCommands(TransferCommands):
     def hash_select(self, name: bytes) -> Reply:
         """OPTS HASH (3.2): without a name, which it is."""
         name = name.upper()
-        if name and name not in file_hashes.functions:
+        if name and name not in file_hashes:
             raise Refuse(501, "Unknown algorithm, current selection not changed")
         self.hash_name = name or self.hash_name
         return 200, self.hash_name
@@ -11849,7 +11832,7 @@ class HashCommands(TransferCommands):
             raise Denied(552, "Anonymous users may not have hashes computed")
         if all(self.ratio) and (first or end is not None):      # byte by byte, hashes are the file
             raise Denied(552, "Only whole files are hashed where there is a ratio")
-        if name not in file_hashes.functions:
+        if name not in file_hashes:
             raise Refuse(504, b"%b cannot be computed here" % name)
         fd = self.open_to_send(self.allowed(path, write=False))
         try:
@@ -11867,7 +11850,7 @@ class HashCommands(TransferCommands):
         """The hash. When that takes long, the client is sent lines of a reply with `code`, so that nobody takes the connection
         for dead; then `code` stands, even where there is no hash in the end. Raises Refuse, OSError, Hangup.
         """
-        digest, buffer = file_hashes.functions[name](), memoryview(bytearray(HASH_PIECE))
+        digest, buffer = file_hashes[name](), memoryview(bytearray(HASH_PIECE))
         begun = told = time.monotonic()
         os.lseek(fd, start, os.SEEK_SET)
         try:
@@ -22509,7 +22492,7 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
     import resource
     del fcntl, grp, pwd, resource                   # loaded here, before the first fork, once for all children
     setup = monitor.setup
-    file_hashes.load(setup.certificates is not None)
+    file_hashes_load(setup.certificates is not None)
     if setup.privileges.root:
         try:
             os.setgroups([setup.privileges.gid])

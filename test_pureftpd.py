@@ -11709,16 +11709,18 @@ class HashesOfFiles(Exam):
         first.line()
         self.play(self.client(patches=self.SLOW), "NOOP -> 200\nQUIT -> 221")
 
+    @mock.patch.dict(pureftpd.file_hashes)
     def test_openssl_computes_where_tls_has_loaded_it_and_may(self):
         """OpenSSL under FIPS refuses MD5."""
         import _hashlib
         for tls, theirs in ((False, set()), (True, {b"SHA-256", b"SHA-512", b"SHA-1"})):
-            hashes = pureftpd.FileHashes()
+            hashes = pureftpd.file_hashes
+            hashes.clear()
             with mock.patch.object(_hashlib, "openssl_md5", side_effect=ValueError):
-                hashes.load(tls)
-            self.assertEqual({name for name, function in hashes.functions.items() if function.__module__ == "_hashlib"}, theirs)
+                pureftpd.file_hashes_load(tls)
+            self.assertEqual({name for name, function in hashes.items() if function.__module__ == "_hashlib"}, theirs)
             for name, module in pureftpd.FILE_HASHES.items():
-                digest = hashes.functions[name]()
+                digest = hashes[name]()
                 for piece in (b"two ", memoryview(b"pieces")):
                     digest.update(piece)
                 self.assertEqual(digest.hexdigest(), self.hashed(module, b"two pieces"))
