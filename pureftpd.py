@@ -1078,18 +1078,10 @@ def options_merge(table: "type[Table]", *sources: "list[Given]") -> Table:
         chosen = sum(by_source, []) if row.repeat in ("all", "count") else strongest
         values[row.attribute] = row.default
         if chosen:
-            values[row.attribute] = option_combine(row.repeat, [given.value for given in chosen])
+            found = [given.value for given in chosen]
+            values[row.attribute] = found[-1] if row.repeat == "last" else len(found) if row.repeat == "count" else sum(found, ())
             origins[row.long] = strongest[-1].where
     return table(**values, origins=origins)
-
-
-def option_combine(repeat: str, values: "list[Any]") -> Any:
-    """The one value of an option that was given as `values`."""
-    if repeat == "count":
-        return len(values)
-    if repeat == "last":
-        return values[-1]
-    return sum(values, ())
 
 
 def options_help(rows: "tuple[Option[Any] | str, ...]", usage: str) -> str:
@@ -1387,10 +1379,6 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
-parse_tls_version = one_of("1.0", "1.1", "1.2", "1.3")
-parse_reuse = one_of("off", "auto", "on")
-
-
 def parse_networks(text: str) -> "tuple[Network, ...]":
     """Networks, separated by commas."""
     return tuple(parse_network(item.strip()) for item in text.split(","))
@@ -1481,7 +1469,6 @@ LOGIN_DIRECTIVES = (
     Directive("MySQLConfigFile", "file", prefix="mysql:"),
     Directive("PGSQLConfigFile", "file", prefix="pgsql:"),
 )
-DISK_DIRECTIVES = (Directive("MaxDiskUsage", "percent"),)
 UPLOAD_DIRECTIVES = (Directive("CallUploadScript", ""),)
 BONJOUR_DIRECTIVES = (Directive("Bonjour", "name", WORD, offered=False),)
 DEFAULT_CERTIFICATE = ("/etc/ssl/private/pure-ftpd.pem",) * 2   # and its key
@@ -1567,7 +1554,7 @@ class Options(OptionTable):
     autorename = Option("r", "AutoRename", "", flag, False, "Uploads replace no file: they become NAME.1, NAME.2, ...")
     uploadscript = Option("o", "UploadScript", "", flag, False, "Tell pure-uploadscript of uploads.", UPLOAD_DIRECTIVES)
     maxdiskusagepct = Option("k", "MaxDiskUsagePct", "percent", parse_percentage, None,
-        "No uploads while the disk is fuller than this.", DISK_DIRECTIVES)
+        "No uploads while the disk is fuller than this.", (Directive("MaxDiskUsage", "percent"),))
     quota = Option("n", "Quota", "files:MB", whole_pair(0, "files:MB", (1, 2**20)), None,
         "Files and megabytes that an account may keep.", COLON)
     anonymousratio = Option("q", "AnonymousRatio", "up:down", whole_pair(1, "up:down"), None,
@@ -1594,11 +1581,11 @@ class Options(OptionTable):
         f"Certificate and key, PEM [{DEFAULT_CERTIFICATE[0]}]", CERTIFICATE_DIRECTIVES)
     extcert = Option("3", "ExtCert", "dir", parse_path, "",
         "Directory of certificates with key, NAME.pem for clients that ask for host NAME.")
-    tlsminversion = Option("", "TLSMinVersion", "version", parse_tls_version, "1.2",
+    tlsminversion = Option("", "TLSMinVersion", "version", one_of("1.0", "1.1", "1.2", "1.3"), "1.2",
         "Lowest version of TLS: 1.0, 1.1, 1.2 or 1.3 [1.2]")
     tlsbind = Option("", "TLSBind", "[host,][port]", parse_endpoint, (),
         "Where to expect TLS without AUTH TLS (implicit FTPS, port 990); repeatable.", WORD, "place")
-    tlssessionreuse = Option("", "TLSSessionReuse", "off|auto|on", parse_reuse, "off",
+    tlssessionreuse = Option("", "TLSSessionReuse", "off|auto|on", one_of("off", "auto", "on"), "off",
         "Data connections must resume the TLS session of the control connection: never, if the first one has, always [off]")
     tlslooseclose = Option("", "TLSLooseClose", "", flag, False, "Take uploads for complete that end without close_notify.")
     tlsauthssl = Option("", "TLSAuthSSL", "", flag, False, "Understand AUTH SSL as AUTH TLS.")
@@ -16725,7 +16712,6 @@ def pw_clock(text: str) -> str:
     return digits.zfill(4)
 
 
-PW_MEGABYTES = pw_number(0, 1 << 20)
 PW_HASH_MEMORY = whole(1, 1 << 20, 1 << 20)
 
 # fmt: off
@@ -16741,7 +16727,7 @@ class PwOptions(OptionTable):
     bandwidthdl    = Option("t", "BandwidthDL", "KB/s",    pw_bandwidth, None, "Download rate [no limit]")
     bandwidthul    = Option("T", "BandwidthUL", "KB/s",    pw_bandwidth, None, "Upload rate [no limit]")
     quotafiles     = Option("n", "QuotaFiles",  "n",       pw_number(0), None, "Number of files [no limit]")
-    quotasize      = Option("N", "QuotaSize",   "MB",      PW_MEGABYTES, None, "Size of all files [no limit]")
+    quotasize      = Option("N", "QuotaSize",   "MB",      pw_number(0, 1 << 20), None, "Size of all files [no limit]")
     ratioul        = Option("q", "RatioUL",     "n",       pw_number(1), None, "-q 1 -Q 10: ten bytes down for each one up")
     ratiodl        = Option("Q", "RatioDL",     "n",       pw_number(1), None, "See -q [no limit]")
     maxsessions    = Option("y", "MaxSessions", "n",       pw_sessions, None, "Sessions at the same time [the server's -y]")
