@@ -4816,10 +4816,15 @@ def mysql_ask(settings: "dict[str, Any]", user: bytes, password: bytes, peer: Pe
     if not handle:
         raise DatabaseError("no memory for a connection")
     mysql_connect(library, handle, settings)
-    if not user.isascii():                                  # init_connect may have changed what the escape function goes by
-        mysql_run(library, handle, b"SET NAMES utf8mb4")
-    if in_marks and b"ANSI_QUOTES" in (mysql_value(library, handle, b"SELECT @@sql_mode") or b""):
+    plain, mode = not user.translate(None, SQL_NAME) and b"'" not in user, b""
+    if not plain:                                           # init_connect may have changed what the escape function goes by
+        mysql_run(library, handle, b"SET NAMES utf8mb4")    # and what the client library knows of it comes with an answer
+    if in_marks or not plain:
+        mode = mysql_value(library, handle, b"SELECT @@sql_mode") or b""
+    if in_marks and b"ANSI_QUOTES" in mode:
         raise DatabaseError("the server's sql_mode has ANSI_QUOTES, so \"\\L\" is the name of a column: write '\\L'")
+    if not plain and (b"NO_BACKSLASH_ESCAPES" in mode) != (mysql_escaped(library, handle, b"'") == b"''"):
+        raise DatabaseError("the client library escapes for another sql_mode than the server's (is there a proxy?)")
     if settings.get("Transactions") in YES:
         mysql_run(library, handle, b"START TRANSACTION")
     found = sql_found(settings, user, peer, lambda query, values: mysql_value(library, handle, query_filled(

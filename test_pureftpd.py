@@ -5323,6 +5323,24 @@ class MySQLBackend(SqlTests, BackendTest):
             with self.subTest(path), self.assertRaisesRegex(BackendBroken, "no connection: "):
                 self.login(self.config(GetUID=cipher, SSLMode="verify-full", SSLCA=path))
 
+    def test_names_do_no_harm_where_connections_begin_with_another_mode(self):
+        """What the server says of itself before init_connect is not what holds afterwards."""
+        self.globally("sql_mode", "")
+        self.globally("init_connect", "")
+        for before, after in ("NO_BACKSLASH_ESCAPES", ""), ("", "NO_BACKSLASH_ESCAPES"):
+            self.execute(f"SET GLOBAL sql_mode = '{before}', GLOBAL init_connect = 'SET sql_mode=\"{after}\"'")
+            for name in b"o'neil", b"ba\\ck", b"' OR 1 -- ", b"\\' OR 1 -- ", b"' OR '1":
+                self.rows({"login": name.decode().replace("\\", "\\\\")} if b" OR " not in name else {})
+                config = self.in_marks("'", Names="any")
+                with self.subTest(after, name=name):
+                    if b" OR " in name:
+                        self.assertEqual(self.refused(config, user=name), "no such user")
+                    else:
+                        self.assertEqual(self.login(config, user=name).name, name)
+        with self.assertRaisesRegex(BackendBroken, "another sql_mode"), mock.patch.object(
+                pureftpd, "mysql_escaped", lambda _, __, value: value.replace(b"'", b"\\'")):      # as through a proxy
+            self.login(self.config(), user=b"o'neil")
+
     def test_names_do_no_harm_where_connections_begin_in_gbk(self):
         self.globally("init_connect", "SET NAMES gbk")
         self.rows({"login": "\u4e2d"})
