@@ -17279,8 +17279,29 @@ def pw_read_colons(form: str, lines: "list[bytes]") -> "Iterator[PwImported | Va
         if not least <= len(fields) <= len(PASSWD_FIELDS):
             yield ValueError(f"line {number}: {len(fields)} fields; a line of this form ({form}) has {least} to "
                              f"{len(PASSWD_FIELDS)}")
-        elif form != "shadow" or fields[1] and fields[1][:1] not in (b"*", b"!"):
-            yield PwImported(number, dict(zip(names, fields)))
+            continue
+        try:
+            if form != "shadow" or pw_shadow_lives(fields):
+                yield PwImported(number, dict(zip(names, fields)))
+        except ValueError as error:
+            yield ValueError(f"line {number}: {error}")
+
+
+def pw_shadow_lives(fields: "list[bytes]") -> bool:
+    """Whether a line of /etc/shadow is of an account that is neither locked nor over. ValueError."""
+    over = whole_number(fields[7]) if len(fields) > 7 and fields[7] not in (b"", b"-1") else 0
+    if over is None:
+        raise ValueError("the day on which the account ends is no number")
+    return fields[1][:1] not in (b"", b"*", b"!") and not 0 < over < time.time() // 86400
+
+
+def pw_once(names: "list[str]", columns: "list[str]", what: str) -> "list[str]":
+    """`columns`, which `names` mean. ValueError when two of them mean the same."""
+    if len(set(columns)) < len(columns):
+        twice = next(column for column in columns if columns.count(column) > 1)
+        same = ", ".join(name for name, column in zip(names, columns) if column == twice)
+        raise ValueError(f"two {what} for {twice}: {same}")
+    return columns
 
 
 def pw_read_csv(form: str, lines: "list[bytes]") -> "Iterator[PwImported | ValueError]":
@@ -17296,14 +17317,14 @@ def pw_read_csv(form: str, lines: "list[bytes]") -> "Iterator[PwImported | Value
             if name not in PW_COLUMNS:
                 raise csv.Error(f"{printable(name.encode('utf-8', 'surrogateescape'))}: no such column"
                                 f"{did_you_mean(name, PW_COLUMNS)}; there are {', '.join(dict.fromkeys(PW_COLUMNS.values()))}")
-        columns = [PW_COLUMNS[name] for name in names]
+        columns = pw_once(names, [PW_COLUMNS[name] for name in names], "columns")
         for row in reader:
             if len(row) == len(columns):
                 values = [value.encode("utf-8", "surrogateescape") for value in row]
                 yield PwImported(before + reader.line_num, dict(zip(columns, values)))
             elif row:
                 yield ValueError(f"line {before + reader.line_num}: {len(row)} columns, where the header has {len(columns)}")
-    except csv.Error as error:
+    except (csv.Error, ValueError) as error:
         yield ValueError(f"line {before + reader.line_num}: {error}")
 
 
@@ -17317,8 +17338,9 @@ def pw_read_json(form: str, lines: "list[bytes]") -> "Iterator[PwImported | Valu
             found = json.loads(line.decode("utf-8", "surrogateescape"))
             if not isinstance(found, dict):
                 raise ValueError("not an object, as in {\"login\": \"joe\", ...}")
-            yield PwImported(number, {pw_json_name(name): pw_json_value(name, value) for name, value in found.items()
-                                      if value is not None and name not in PW_USED})
+            names = [name for name, value in found.items() if value is not None and name not in PW_USED]
+            columns = pw_once(names, [pw_json_name(name) for name in names], "names")
+            yield PwImported(number, {column: pw_json_value(name, found[name]) for name, column in zip(names, columns)})
         except (ValueError, RecursionError) as error:
             yield ValueError(f"line {number}: {error}")
 
@@ -17396,6 +17418,8 @@ class PwImport:
         password = fields.pop("password", None)
         if password and fields.get("hash"):
             raise ValueError("a password and a hash: which counts?")
+        if fields.get("home") and fields.get("chroot"):
+            raise ValueError("a home and a chroot: which counts?")
         if password is not None and not fields.get("hash"):
             pw_check_password(password, self.options)
             self.passwords[login], fields["hash"] = password, b"*"

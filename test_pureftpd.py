@@ -18411,8 +18411,8 @@ class ManyUsers(Pw):
                  "joe:1000:1001:Joe:/h/./:1024:::::::::::9-1700"),
                 (f"# users\njoe:{PW_HASH}:1000:1001:Joe:/h\r\n", (), "joe:1000:1001:Joe:/h" + ":" * 12),
                 (f"joe:{PW_HASH}:1000:1001:Joe:/h/:/bin/false\n", (), "joe:1000:1001:Joe:/h/./" + ":" * 12),
-                (f"joe:{PW_HASH}:19000:0:99999:7:::\nsys:*:1:0:9:7:::\nno:!{PW_HASH}:1:0:9:7:::\n", self.OWNER,
-                 "joe:1000:1001::/srv/joe/./" + ":" * 12),
+                (f"joe:{PW_HASH}:19000:0:99999:7:::\nsys:*:1:0:9:7:::\nno:!{PW_HASH}:1:0:9:7:::\n"
+                 f"old:{PW_HASH}:1:0:9:7::20000:\n", self.OWNER, "joe:1000:1001::/srv/joe/./" + ":" * 12),
                 (f"joe:{PW_HASH}", self.OWNER, "joe:1000:1001::/srv/joe/./" + ":" * 12),
                 (f'login,hash,uid,gid,chroot,"max_sessions"\n"joe",{PW_HASH},1000,1001,/h,3\n', (),
                  "joe:1000:1001::/h/./:::::3" + ":" * 7),
@@ -18449,6 +18449,11 @@ class ManyUsers(Pw):
                            (f"\n#\nlogin,hash\na,{PW_HASH},\n", ("line 4: 3 columns",)),
                            ("login,pasword\n", ("line 1: pasword: no such column, did you mean password?",)),
                            ("login,chroot,uid,gid\na,/h,1,1\n", ("line 2: neither a hash nor a password",)),
+                           ("login,name,password\na,Ann,x\n", ("line 1: two columns for login: login, name",)),
+                           ('{"login": "a", "name": "Ann", "password": "x"}', ("line 1: two names for login: login, name",)),
+                           (f"login,hash,uid,gid,home,chroot\na,{PW_HASH},1,1,/h/./,/i\n",
+                            ("line 2: a home and a chroot: which counts?",)),
+                           (f"a:{PW_HASH}:1:0:9:7:::\nb:{PW_HASH}:1:0:9:7::soon:\n", ("line 2: the day on which",)),
                            (f'login,hash,gecos,chroot,uid,gid\na,{PW_HASH},x:y,/h,1,1\n'
                             f'b,{PW_HASH},"x\ny",/h,1,1\n#c,{PW_HASH},,/h,1,1\n'
                             f"d,{PW_HASH},,h,1,1\ne,{PW_HASH},,/h,nobody-such,1\n",
