@@ -18951,9 +18951,13 @@ class FtpwhoTeller:
 
 
 def ftpwho_http(request: bytes, ask: "Callable[[bytes], tuple[int, bytes]]", name: str) -> bytes:
-    """The answer to a request, whole; `name` is what --serve calls us."""
+    """The answer to a request, whole; `name` is what --serve calls us. Of its headers only Host is looked at: of others, Python
+    would make e-mail, and load what that takes.
+    """
     import io
     from http.server import BaseHTTPRequestHandler
+    first, *headers = request.partition(b"\r\n\r\n")[0].split(b"\n")
+    request = b"\n".join([first, *[header for header in headers if header[:5].lower() == b"host:"]]) + b"\r\n\r\n"
 
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version = "pureftpd.py", ""

@@ -20006,6 +20006,11 @@ class FtpwhoServe(LoginServers):
         self.assertEqual(status["NoNewPrivs"], "1")
         if ROOT:
             self.assertNotIn(0, status["Uid"] + status["Gid"])
+        for kind in "unknown''x", "idna''x", "\0''x":             # Python looks for such a codec, which the cage forbids
+            with socket.create_connection(("127.0.0.1", port), EXAM_SECONDS) as sock:
+                sock.sendall(f"GET /health HTTP/1.0\r\nContent-Type: multipart/mixed; boundary*={kind}\r\n\r\n".encode())
+                with self.subTest(kind), sock.makefile("rb") as answer:
+                    self.assertTrue(answer.read().endswith(b"\r\n\r\nok\n"))
 
     def test_the_eldest_connection_makes_room(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
@@ -20023,7 +20028,8 @@ class FtpwhoServe(LoginServers):
         rng = random.Random(3)
         words = [b"GET ", b"HEAD ", b"/", b"/json", b" HTTP/1.0", b" HTTP/1.1", b"\r\n", b"\r\n\r\n", b"Host: ", b"\xff\0",
                  b"a" * 5000, b"//x",
-                 b"Expect: 100-continue\r\n", b"Connection: keep-alive\r\n", b":", b"[", b"]", b"\n", b"HTTP/9.9", b" "]
+                 b"Expect: 100-continue\r\n", b"Connection: keep-alive\r\n", b":", b"[", b"]", b"\n", b"HTTP/9.9", b" ",
+                 b"Content-Type: multipart/mixed; boundary*=idna''x\r\n"]
         for _ in range(1000):
             request = b"".join(rng.choices(words, k=rng.randrange(12)))
             answer = pureftpd.ftpwho_http(request, lambda question: (200, b"body"), "localhost")
