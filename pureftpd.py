@@ -4860,7 +4860,11 @@ def mysql_connect(library: Any, handle: Any, settings: "dict[str, Any]") -> None
 
 
 def mysql_escaped(library: Any, handle: Any, value: bytes) -> bytes:
-    """What stands for `value` between quotation marks, by what this server has told of itself. DatabaseError."""
+    """What stands for `value` between quotation marks, by what this server has told of itself. DatabaseError.
+
+    Parameters of prepared statements would not mean the same: in MySQL 9.7 what stands beside one is its type, and joe in
+    IFNULL('\\L', 5) is 0, without an error. And twelve queries took 17 % more CPU here, 60 % more in MariaDB, two trips each.
+    """
     import ctypes as c
     area = c.create_string_buffer(2 * len(value) + 1)
     length = library.mysql_real_escape_string(handle, area, value, len(value))
