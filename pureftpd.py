@@ -4682,6 +4682,7 @@ MYSQL_VERIFY, MYSQL_CA, MYSQL_ENFORCE = 21, 27, 38              # libmariadb's; 
 PGSQL_OK, PGSQL_TUPLES, PGSQL_FAILED = 0, 2, 7                  # CONNECTION_OK, PGRES_TUPLES_OK, PGRES_FATAL_ERROR
 PGSQL_BPCHAR = 1042                                             # the type char(n)
 SQL_NAME = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 -_'.:@+"
+SQL_ENDS = {"E'": "'", "/*": "*/", "--": "", "#": ""}              # what ends it, where that is not what begins it
 QUERIES = {**{field.query: field.name for field in ACCOUNT_FIELDS}, "GetLogin": "login"}      # what each finds
 
 
@@ -4697,8 +4698,9 @@ def parse_query(quotes: str, text: str) -> Query:
     """ValueError unless what a client sends stands between these quotes, where the connection's function can escape it."""
     import re
     pieces, letters, places, alone, quote, at = [], "", "", [], "", 0
-    literal = quotes == "'" and re.search("(?i)interval|concat|format", text)      # see pgsql_run
-    for found in re.finditer("\\\\.|['\"`]", text, re.S):
+    postgres = quotes == "'"
+    literal = postgres and re.search("(?i)interval|concat|format", text)        # see pgsql_run
+    for found in re.finditer(r"\\.|['\"`]|/\*|\*/|" + (r"--|\$\w*\$" if postgres else r"--(?!\S)|#"), text, re.S):
         token, letter = found[0], found[0][1:].upper()
         if letter and letter in "LIPRD":
             if letter not in "PD" and (not quote or quote not in quotes):
@@ -4707,12 +4709,15 @@ def parse_query(quotes: str, text: str) -> Query:
             alone.append(quote == "'" and not literal and re.fullmatch(r"[^'\\]'\\.'[^']?", around, re.S) is not None)
             pieces.append(os.fsencode(text[at:found.start()]))
             at, letters, places = found.end(), letters + letter, places + (quote or " ")
-        elif token[-1] in "'\"`" and (len(token) == 1 or quotes == "'"):       # PostgreSQL's \ escapes nothing
-            before = (" " + text[:found.start()])[-2:].lower()
-            if not quote:                                                       # in E'' and U&'' it does
-                quote = "E'" if quotes == token and (before == " e" or before[1:] == "&") else token[-1]
-            elif token[-1] == quote[-1]:
-                quote = ""
+            continue
+        if token[0] == "\\" and postgres and quote != "E'":                     # PostgreSQL's \ escapes nothing
+            token = token[1]
+        if quote and token == SQL_ENDS.get(quote, quote):
+            quote = ""
+        elif not quote and token != "*/" and token[0] in "'\"`-#/$":
+            quote = token
+            if postgres and token == "'" and re.search(r"(?i)(?<!\w)e$|&$", text[:found.start()]):
+                quote = "E'"                                                    # in E'' and U&'' it does
     return Query((*pieces, os.fsencode(text[at:])), letters, places, tuple(alone))
 
 
@@ -4972,10 +4977,10 @@ def pgsql_escaped(library: Any, handle: Any, value: bytes) -> bytes:
 def pgsql_run(library: Any, handle: Any, query: Query, values: "dict[str, bytes]", parameter: bytes = b" $%d ") -> Any:
     """The result of a query. What stands alone is a parameter, with a number of its own and no type declared.
 
-    The server gives it the type of a literal there, so that the query finds the same. Where it cannot (a domain, text '\\L',
-    $$'\\L'$$) that is an error, nothing is done, and the values go in by the escape function. So they do at once in queries
-    with concat() and format(), whose arguments can be of any type: that error would be in the server's log at each login. And
-    where an interval is: '5'::interval hour is five hours, and as a parameter five seconds.
+    The server gives it the type of a literal there, so that the query finds the same. Where it cannot (a domain, text '\\L') that
+    is an error, nothing is done, and the values go in by the escape function. So they do at once in queries with concat() and
+    format(), whose arguments can be of any type: that error would be in the server's log at each login. And where an interval
+    is: '5'::interval hour is five hours, and as a parameter five seconds.
     """
     import ctypes as c
     statement, bound = query_filled(query, values, lambda value: pgsql_escaped(library, handle, value), parameter)

@@ -5237,6 +5237,24 @@ class SqlTests:
             pureftpd.authentication_preload(login_options(self.config()), self.log)
         self.assertEqual(self.log, [])
 
+    def test_what_is_no_quotation_mark(self):
+        """In a comment, in $$ and behind E'\\' they are none, and no function escapes for these."""
+        both = [r"'\L'", r"'--\L'", r"'/*\L' || '*/'", r"a /* don't */ = '\L'", r"'\L' -- it's", r"'#\L'", r"'$$\L' = '$$\L'",
+                r"/*\P*/ 1", r"a LIKE'\L'"]
+        wrong = [r"/* '\L' */ a", r"a /* don't */ = \L", r"a = 'x' -- '\L'", r"a -- it's \L", r"a = /* ' */ \L /* ' */"]
+        if self.KIND is pureftpd.MYSQL:
+            both += [r"5--1, '\L'", r"'it\'s' = '\L'", r"'\'\L'", r"$$ = '\L'"]
+            wrong += [r"1 # '\L'", r"'\' = ' \L"]
+        else:
+            both += [r"j #>> '{a}' = '\L'", r"'\' = '\L'", r"$1 = '\L'", r"E'it\'s' = '\L'", r"$$'$$||'\L'"]
+            wrong += [r"$$'\L'$$", r"$a$ $$ '\L' $$ $a$", r"E'\' '\L", r"1,E'\' '\L", r"1--'\L'"]
+        for text in both:
+            with self.subTest(text):
+                self.KIND.directives["GetPW"]("SELECT " + text)
+        for text in wrong:
+            with self.subTest(text), self.assertRaisesRegex(ValueError, "must stand between"):
+                self.KIND.directives["GetPW"]("SELECT " + text)
+
     def test_the_start_tells_what_is_wrong_with_the_server(self):
         pureftpd.authentication_preload(login_options(self.config()), self.log)
         self.assertEqual(self.log, [])
@@ -5385,7 +5403,7 @@ class PostgreSQLBackend(SqlTests, BackendTest):
         where = [f"{column} = '\\L'" for column in "tvcmsin"] + [
             r"t || '@x' = '\L' || '@x'", r"LOWER(t) = LOWER('\L')", r"t LIKE '\L'", r"c LIKE '\L'", r"t ILIKE '\L'",
             r"'\L' LIKE t", r"t ~ '\L'", r"t IN ('\L', 'x')", r"i IN ('\L', 6)", r"(t, i) = ('\L', '5')", r"'\L' = ANY(a)",
-            r"s < '\L'", r"t BETWEEN '\L' AND '\L'", r"t = text '\L'", r"t = $$'\L'$$", r"'\L'", r"v = '\L'::varchar(2)"]
+            r"s < '\L'", r"t BETWEEN '\L' AND '\L'", r"t = text '\L'", r"'\L'", r"v = '\L'::varchar(2)"]
         what = [r"'\L'", r"'\L' || '@x'", r"LOWER('\L')", r"CONCAT('/home/', '\L')", r"FORMAT('%s', '\L')",
                 r"COALESCE(NULL, '\L')", r"CASE '\L' WHEN 'joe' THEN 7 END", r"SPLIT_PART('\L', 'o', 1)",
                 r"CAST('\L' AS CHAR(3))", r"'\L'::int", r"'\L' + '\L'", r"'\L'::interval hour", r"'\L' UNION SELECT '\L'",
