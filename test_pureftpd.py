@@ -1199,11 +1199,6 @@ class ProcExam(Exam):
         return False
 
     @staticmethod
-    def free_port():
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            return probe.getsockname()[1]
-
-    @staticmethod
     def free_range(count):
         """The first and last of as many ports that nobody uses now, nor gets for a connection that goes out."""
         with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
@@ -15753,7 +15748,7 @@ class ProcessSandbox(ProcExam):
         """Landlock alone: without seccomp."""
         with contextlib.suppress(OSError):
             if pureftpd.landlock_abi() >= pureftpd.LANDLOCK_SCOPE_ABI:
-                calls = ("socket.socket().connect(('127.0.0.1', %d))" % self.free_port(),
+                calls = ("socket.socket().connect(('127.0.0.1', %d))" % self.free_range(1)[0],
                          "socket.socket().bind(('127.0.0.1', 0))",
                          "os.kill(os.getppid(), 0)", "os.kill(1, 0)")
                 server = self.live("--nosandbox", patches="import socket\n" + PROBE % (calls, "Server", "Server"))
@@ -17679,7 +17674,7 @@ class ProcessReloads(ProcExam):
         self.assertEqual(server.count("which is no proxy"), 0)
 
     def test_sockets_come_and_go(self):
-        first, second = self.free_port(), self.free_port()
+        first, second = self.free_range(2)
         server = self.configured("Bind 127.0.0.1,%d\n" % first, listen=None)
         self.assertEqual(server.port, first)
         session = self.enter(server)
@@ -17730,7 +17725,8 @@ class ProcessReloads(ProcExam):
             self.reload(server, "PIDFile %s\n" % name)
             self.assertEqual(self.content(name), b"%d\n" % server.pid)
         self.assertFalse(os.path.exists(names[0]))
-        self.reload(server, "PIDFile /nonexistent/pid\nBind 127.0.0.1,%d\n" % self.free_port(), "The old configuration stays: -g")
+        self.reload(server, "PIDFile /nonexistent/pid\nBind 127.0.0.1,%d\n" % self.free_range(1)[0],
+                    "The old configuration stays: -g")
         self.assertTrue(os.path.exists(names[1]))
         server.process.terminate()
         self.assertEqual((server.ended(), os.path.exists(names[1])), (0, False))
@@ -22483,7 +22479,7 @@ class ProcessStarts(ProcExam):
         cwd = tempfile.mkdtemp(dir=self.place)
         with open(os.path.join(cwd, "conf"), "w") as file:
             file.write("MaxClientsNumber 1\n")
-        port = self.free_port()
+        port = self.free_range(1)[0]
         self.assertEqual(self.background("-S", "127.0.0.1,%d" % port, "-g", "pid", "conf", cwd=cwd), (0, ""))
         with open(os.path.join(cwd, "pid")) as file:                    # written before the first process ends
             pid = int(file.read())
