@@ -19882,6 +19882,12 @@ class EventsQueue:
 # ---- the reader: handing over --------------------------------------------------------------------
 
 
+def events_load() -> None:
+    """Load all that is needed later, which another user may not reach."""
+    import encodings.idna, encodings.raw_unicode_escape  # noqa: E401,F401     # of host names; of headers
+    import gzip, hashlib, hmac, json, subprocess, urllib.request, zlib  # noqa: E401,F401
+
+
 class EventsReader:
     """Hands each event over until that is done."""
 
@@ -19926,7 +19932,7 @@ class EventsReader:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self.end)
         keeper.channel.close()
-        import gzip, hashlib, hmac, json, subprocess, urllib.request, zlib  # noqa: E401,F401    # another user may not reach them
+        events_load()
         os.chdir("/")
         if self.plan.identity:
             tool_become(*self.plan.identity)
@@ -20002,7 +20008,7 @@ def events_post(plan: EventsPlan, ident: str, event: "dict[str, Any]", line: byt
         with urllib.request.build_opener(Straight).open(request):
             return ""
     except (OSError, HTTPException, ValueError) as error:
-        return f"{plan.url}: {error}"
+        return f"{plan.url}: {printable(str(error).encode('utf-8', 'replace'))}"
     finally:
         signal.alarm(0)
 

@@ -20718,6 +20718,7 @@ class EventsPosted(EventsTest):
                 cls.got.append((dict(self.headers), body))
                 self.send_response(cls.answers.pop(0) if cls.answers else 204)
                 self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Type", "multipart/mixed; boundary*=none''x")     # which Python decodes
                 self.end_headers()
 
             def log_message(self, *_):
@@ -20749,6 +20750,33 @@ class EventsPosted(EventsTest):
             self.write(1)
             said = self.once("--post", "http://127.0.0.1:%d/" % deaf.getsockname()[1], "--timeout", "1", "--tries", "1")
         self.assertIn("no answer in 1 s; given up", said)
+
+    def test_what_the_other_server_says_is_one_line(self):
+        with socket.create_server(("127.0.0.1", 0)) as odd:
+            self.write(1)
+            thread = threading.Thread(target=self.answer, args=(odd, b"\x1b[2J\xff\r\n\r\n"))
+            thread.start()
+            said = self.once("--post", "http://127.0.0.1:%d/" % odd.getsockname()[1], "--tries", "1")
+            thread.join()
+        self.assertRegex(said, r"^[^\n\x1b]*x1b\[2J[^\n]*; given up\n$")
+
+    @staticmethod
+    def answer(listener, reply):
+        client, _ = listener.accept()
+        with client:
+            client.recv(65536)
+            client.sendall(reply)
+
+    def test_nothing_is_loaded_for_a_post(self):
+        """-u may not be able to read this Python's files."""
+        program = ("import sys, types, pureftpd\npureftpd.events_load()\nbefore = set(sys.modules)\n"
+                   "plan = types.SimpleNamespace(url=sys.argv[1], secret=b'x', timeout=60, program='/bin/true')\n"
+                   "for deliver in pureftpd.events_post, pureftpd.events_run:\n"
+                   "    assert not deliver(plan, 'id', {'event': 'upload'}, b'line')\n"
+                   "print(set(sys.modules) - before)")
+        found = subprocess.run([*EXAM_PYTHON, "-c", program, self.url.replace("127.0.0.1", "localhost")], timeout=EXAM_SECONDS,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+        self.assertEqual(found.stdout, b"set()\n")
 
 # ==== authd: pure-authd ===========================================================================
 # Requests by themselves, then the tool and its socket.
