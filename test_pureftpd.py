@@ -20732,7 +20732,7 @@ class EventsPosted(EventsTest):
         cls.url = "http://127.0.0.1:%d/hook" % cls.server.server_address[1]
 
     def test_posts_are_signed_and_repeated_until_they_are_taken(self):
-        self.answers[:] = [500, 302, 404]
+        self.got[:], self.answers[:] = [], [500, 302, 404]
         with open(self.base + "/secret", "w") as file:
             file.write("shared\n")
         os.chmod(self.base + "/secret", 0o600)
