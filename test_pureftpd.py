@@ -15154,8 +15154,9 @@ class TlsProcesses(TlsExam):
 
     def setUp(self):
         super().setUp()
-        if not os.path.exists("/proc/self/task/%d/children" % os.getpid()):
+        if not HAS_PROC:
             self.skipTest("needs Linux's /proc")
+        until(lambda: not self.processes() and not self.processes(title="pure-ftpd (IDLE"), "clients of another test are left")
 
     def processes(self, *switches, title="pure-ftpd (TLS", patches=""):
         """pids of the server's processes of that title."""
