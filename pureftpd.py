@@ -87,6 +87,7 @@ The map, foundation first; no section uses what is below it:
     Setup                                                     what options become: sockets, certificates, own files
     Privilege separation: who is root, and for what           read this with suspicion
     Login: root until it is the user                          and this: login child, homes, what a session is given
+    Rehearsal: what each login runs, once before the fork     so that its code is ready in the memory that all share
     PRIV: its children                                        forked, told of things, kept up with the log
     PRIV: who waits for a passive port                        in turn
     PRIV: logins                                              who waits, and who is being checked
@@ -216,7 +217,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import islice
 from operator import gt
@@ -545,7 +546,7 @@ def no_new_privs() -> bool:
         return False
 
 
-@lru_cache
+@cache
 def landlock_abi() -> int:
     """Which Landlock the kernel has, 0 for none. PRIV asks for all its children."""
     try:
@@ -596,7 +597,7 @@ def open_in_root(root: int, path: bytes, flags: int, mode: int = 0) -> int:
         raise OSError(error.errno, error.strerror, path) from None
 
 
-@lru_cache
+@cache
 def can_open_in_root() -> bool:
     """Whether open_in_root() works here: Linux 5.6, and nobody forbids it. PRIV asks for all its children."""
     try:
@@ -646,7 +647,7 @@ mmap = mmap_of_libc()
 MMAP_FAILED = 0 if mmap is None else libc.ctypes.c_void_p(-1).value
 
 
-@lru_cache
+@cache
 def in_tmpfs(path: str) -> bool:
     """Whether that file lies in memory, as PRIV sees it: a call of libc costs each child 0.4 ms."""
     if sys.platform != "linux" or libc.library is None:
@@ -668,7 +669,7 @@ def file_map(fd: int, size: int, access: int = MMAP_READ | MMAP_WRITE) -> "memor
     return memoryview(area_kind(size).from_address(address)).cast("B") if address and address != MMAP_FAILED else None
 
 
-@lru_cache
+@cache
 def area_kind(size: int) -> Any:
     """The C type of so many bytes. PRIV asks first: making it costs each child 0.1 ms."""
     return libc.ctypes.c_char * size
@@ -895,7 +896,7 @@ def sandbox_filter(name: str, machine: str) -> bytes:
             + BPF.pack(BPF_LOAD, 0, 0, SECCOMP_NUMBER_AT) + sandbox_tree(pieces))
 
 
-@lru_cache
+@cache
 def sandbox_program(name: str) -> "tuple[bytes, Any] | None":
     """(struct sock_fprog, the memory it points to) for prctl(2), made once for all children; None: not on this machine."""
     if not sys.platform.startswith("linux") or libc.library is None or struct.calcsize("P") != 8:
@@ -2190,7 +2191,7 @@ def scrypt_make(password: bytes, passes: int, memory: int) -> str:
                               "has scrypt") from None
 
 
-@lru_cache(maxsize=4)
+@cache
 def crypt_from_library(names: "tuple[str | None, ...]") -> Any:
     """crypt(3) of the first of these libraries that has it, None without. Looked up once: that costs a login 0.2 ms."""
     try:
@@ -2938,7 +2939,7 @@ def privsep_account() -> Privileges:
     return privsep_user() if not os.geteuid() else Privileges(False, os.geteuid(), os.getegid(), "")
 
 
-@lru_cache(maxsize=1)
+@cache
 def privsep_user() -> Privileges:
     """That of root, looked up once, before the first fork: names that do not exist are what name services search longest for
     (measured: 170 system calls, 1 ms).
@@ -4791,7 +4792,7 @@ def c_text(library: Any, function: str, handle: Any) -> str:
 # ---- mysql ----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
+@cache
 def mysql_library() -> Any:
     """libmariadb or libmysqlclient, with prototypes, used once: that is done before the fork, then. ImportError."""
     import ctypes as c
@@ -4915,7 +4916,7 @@ def mysql_value(library: Any, handle: Any, statement: bytes) -> "bytes | None":
 # ---- pgsql ----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
+@cache
 def pgsql_library() -> Any:
     """libpq with prototypes. ImportError."""
     import ctypes as c
@@ -5203,7 +5204,7 @@ def ldap_warnings(given: "dict[str, Any]") -> "list[str]":
 # ---- libldap --------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
+@cache
 def ldap_library() -> Any:
     """libldap with the prototypes of the functions used here. Raises ImportError. It reads no file before it is used."""
     import ctypes
@@ -15557,6 +15558,69 @@ def system_home(name: bytes) -> "bytes | None":
     except KeyError:
         return None
 
+# ==== Rehearsal: what each login runs, once before the fork =======================================
+# Since 3.11 Python writes into code what it meets there: kinds of objects, and where names are found. Each child would do that
+# anew, slowly, and in copies of pages that all could share. So before the first fork PRIV, as the privsep user, goes through
+# logins and sessions: of a made-up account, in a database in memory, with a client that says QUIT. No back end of the
+# administrator's is asked, nothing is given up or written; what locks a process in is not rehearsed.
+#
+# Measured for a login: CPU 5 % less on 3.11 and 11 % on 3.13, page faults 1111 to 1049 and 542 to 495, and 220 KiB less memory of
+# an idle session. The start takes 15 ms more.
+
+REHEARSALS = 10                     # 3.11 does so from the eighth time on
+REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
+REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
+REHEARSAL_COMMANDS = b"SYST\r\nFEAT\r\nPWD\r\nTYPE I\r\nCWD /\r\nQUIT\r\n"
+
+
+def rehearse(setup: Setup) -> None:
+    """Where it goes wrong, the log has it, and each child learns for itself."""
+    users = MemoryFile()
+    privsep_unpriv_user(setup.privileges)
+    try:
+        users.make("rehearsal", 0)
+        os.write(users.fd, puredb_build([(REHEARSAL_ACCOUNT, REHEARSAL_RECORD)]))
+        for _ in range(REHEARSALS):
+            rehearse_login(setup, f"/proc/self/fd/{users.fd}")
+    except (OSError, BackendBroken, NoLogin):           # no memory file, no /proc, no descriptor left; no MD5 here
+        pass
+    except Exception:
+        setup.log.error("bug: " + traceback_text())
+    finally:
+        users.close()
+        privsep_priv_user(setup.privileges)
+
+
+def rehearse_login(setup: Setup, path: str) -> None:
+    """What login_child() and enter() do, but for what needs root, and the session. `path`: of a PureDB."""
+    options, log, peer = Options(**vars(setup.options)), Log(LogSink("none")), PEER_NOBODY
+    options.login, options.trustedip, options.anonymousonly = (("puredb", path),), (), False
+    options.minuid, options.mingid, options.quota = 1, 1, None
+    message = login_message(LoginRequest(
+        id=1, user=REHEARSAL_ACCOUNT, password=REHEARSAL_PASSWORD, negotiated=Negotiated(), pending=b"",
+        marks=marks_of(peer.address, REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD)))
+    request = login_checked(message, peer.address)
+    account = login_account(setup._replace(options=options, log=log), request, peer)
+    wipe(request.password, message)
+    home = home_of(options, account)
+    control, client = socket.socketpair()
+    channel, monitor = channel_pair()
+    with control, client, channel, monitor:
+        board = ScoreboardEntry(os.open(os.devnull, os.O_WRONLY), os.getpid(), peer, time.time())
+        board.login(account.name)
+        board.close()
+        names = listing_names([account.uid], [account.gid], home.locked)
+        tree = tree_at(os.open("/", DIRECTORY_ONLY), setup.own, home.root)
+        tree.change_directory(home.start)
+        home_obstacle(b"", home.start)
+        control_prepare(control)
+        client.send(REHEARSAL_COMMANDS)
+        Session(options, log.of(peer.address, printable(account.name)), Handover(
+            account=account, peer=peer, tree=tree, control=control, channel=channel, negotiated=request.negotiated,
+            pending=request.pending, root=b"", start=home.start, chrooted=home.locked, trusted=home.trusted, host=peer.address,
+            names=names, aliases=setup.aliases, scoreboard=board)).run()
+        os.close(tree.root)
+
 # ==== PRIV: its children ==========================================================================
 # How processes are forked, told of things, and kept up with the log. Each has a channel of its own, so PRIV knows who speaks.
 
@@ -22539,6 +22603,7 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
         detach(ready)
     privsep_privpart_closejunk()
     process_title("pure-ftpd (PRIV)")
+    rehearse(setup)
     objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())     # which overwrite keys when freed
     memory_trim()
     monitor.run()

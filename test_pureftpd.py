@@ -347,7 +347,7 @@ class Layout(unittest.TestCase):
                  if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("as_root", "privsep_priv_user")}
         self.assertEqual({name for name in found if not name.startswith("root_")}, self.RAISERS)
 
-    RAISERS = {"__enter__", "login_child", "server_child", "tls_child", "fork_tls", "reload", "serve_forever"}
+    RAISERS = {"__enter__", "rehearse", "login_child", "server_child", "tls_child", "fork_tls", "reload", "serve_forever"}
 
     def test_what_a_login_child_can_call_while_it_is_root(self):
         start = next(node for node in self.functions if node.name == "login_child")
@@ -519,6 +519,11 @@ sys.exit(pureftpd.main(["pureftpd.py", *sys.argv[1:]]))
 EXAM_PLAIN = [*EXAM_PYTHON, "-c", EXAM_WRAPPER % ""]
 
 
+def exam_program(patches):
+    """A server with patches does not rehearse: PRIV would run what is meant for its children."""
+    return EXAM_WRAPPER % (patches and "pureftpd.REHEARSALS = 0\n" + patches)
+
+
 def deadline_socket(sock):
     sock.settimeout(EXAM_SECONDS)
     return sock
@@ -560,7 +565,7 @@ class ExamDaemon:
         os.chmod(directory, 0o755)
         environment = dict(os.environ, FTP_ANON_DIR=os.path.join(place, "ftp"), TZ="UTC")
         self.process = subprocess.Popen(
-            [*EXAM_PYTHON, "-c", EXAM_WRAPPER % patches, "-S", "127.0.0.1,0", "-f", "stderr", "-H", "--banafter", "0",
+            [*EXAM_PYTHON, "-c", exam_program(patches), "-S", "127.0.0.1,0", "-f", "stderr", "-H", "--banafter", "0",
              "--statedir", os.path.join(directory, "state"), "-g", os.path.join(directory, "pid"), *switches],
             env=environment, cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.listen()
@@ -1029,7 +1034,7 @@ class LiveServer(ExamDaemon):
         os.chmod(self.directory, 0o755)
         self.state, self.pidfile = (os.path.join(self.directory, name) for name in ("state", "pid"))
         if command is None:
-            command = [*EXAM_PYTHON, "-c", EXAM_WRAPPER % patches, *(("-S", listen) if listen else ()), "-f", "stderr", "-H",
+            command = [*EXAM_PYTHON, "-c", exam_program(patches), *(("-S", listen) if listen else ()), "-f", "stderr", "-H",
                        "--banafter", "0", "--statedir", self.state, "-g", self.pidfile]
         limit = nofile and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile)))
         self.process = subprocess.Popen(
@@ -16452,6 +16457,49 @@ class HomesHold(ProcExam):
                 port = int(re.search(rb"\|(\d+)\|", text).group(1))
                 with contextlib.suppress(OSError), deadline_socket(socket.create_connection(("127.0.0.1", port))) as data:
                     data.shutdown(socket.SHUT_WR)
+
+
+@unittest.skipIf(PROTOCOL_ORIGINAL or not HAS_PROC, "needs Linux's /proc, and our own processes")
+class Rehearsal(unittest.TestCase):
+    """rehearse(): all of it runs, whatever the options, as nobody who could do harm, and leaves nothing behind."""
+
+    def setUp(self):
+        self.log, self.met = KeptLog(), []
+        self.privileges = pureftpd.privsep_account()
+
+    def state(self):
+        return (os.getresuid(), os.getresgid(), os.umask(os.umask(0o22)), proc_fds(os.getpid()), os.getcwd(),
+                signal.getsignal(signal.SIGTERM), list(pureftpd.at_termination), os.path.exists("/.ftpquota"))
+
+    def rehearse(self, *switches):
+        def run_command(session, row, argument):
+            self.met.append((os.geteuid(), session.command_shown()))
+            return original(session, row, argument)
+
+        fields = dict.fromkeys(pureftpd.Setup._fields)
+        fields.update(options=pureftpd.options_read(["-f", "none", *switches]), log=self.log, privileges=self.privileges,
+                      aliases={})
+        original, before = pureftpd.Session.run_command, self.state()
+        with mock.patch.object(pureftpd.Session, "run_command", run_command):
+            pureftpd.rehearse(pureftpd.Setup(**fields))
+        self.assertEqual(self.state(), before)
+
+    def test_sessions_run_to_their_end_whatever_the_options(self):
+        commands = [line.split()[0] for line in pureftpd.REHEARSAL_COMMANDS.decode().splitlines()]
+        for switches in ((), ("-e", "-n", "1:1", "-u", "100000", "-V", "192.0.2.1", "-l", "puredb:/nonexistent"),
+                         ("-A", "-0", "-j", "-O", "json:/nonexistent", "-T", "1:1", "-q", "1:1", "-p", "40000:40001")):
+            with self.subTest(switches):
+                self.met.clear()
+                self.rehearse(*switches)
+                self.assertEqual(self.log, [])
+                self.assertEqual(self.met, [(self.privileges.uid, verb) for verb in commands] * pureftpd.REHEARSALS)
+
+    def test_what_goes_wrong_is_no_reason_not_to_start(self):
+        for error, lines in ((OSError(errno.EMFILE, ""), 0), (pureftpd.NoLogin(""), 0), (RuntimeError("odd"), 1)):
+            with self.subTest(error), mock.patch("pureftpd.listing_names", side_effect=error):
+                self.log.clear()
+                self.rehearse()
+                self.assertEqual([level for level, _ in self.log], ["error"] * lines)
 
 
 # ==== PRIV: the parent of all =====================================================================
