@@ -13320,6 +13320,7 @@ class LoginLogs(LoginServers):
         for user in "jim", "jack", "john":
             self.assertEqual(self.code(server, user), 530)
             server.wait_for(r"\[WARNING\] Authentication failed for user \[%s\]" % user)
+            until(lambda: len(server.children()) < 2, server)          # PRIV knows that it was refused
         server.stop()
         told = [line for line in server.lines if "was changed after" in line]
         self.assertEqual(len(told), 1, server.lines)
