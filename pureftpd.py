@@ -21018,17 +21018,17 @@ class CheckClient:
         import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        self.ftp = CheckClient.resuming(self.ftplib)(context=context, timeout=CHECK_SECONDS)
+        self.ftp = CheckClient.resuming(self.ftplib, context)
         self.ftp.set_pasv(not self.options.natmode)
         began = time.monotonic()
         welcome = self.ftp.connect(self.host, self.port)
         return f"{welcome.splitlines()[0]} ({(time.monotonic() - began) * 1000:.0f} ms)"
 
     @staticmethod
-    def resuming(ftplib: Any) -> Any:
-        """FTP_TLS whose data connections resume the session of the control connection, which some servers demand.
+    def resuming(ftplib: Any, context: Any) -> Any:
+        """An FTP_TLS whose data connections resume the session of the control connection, which some servers demand.
 
-        It reads CHECK_LINES at most: whoever is at the other side might talk for ever.
+        It reads CHECK_LINES at most: whoever is at the other side might talk for ever. What is not UTF-8 is no fault.
         """
         class Resuming(ftplib.FTP_TLS):                         # type: ignore[misc]
             lines = 0
@@ -21037,14 +21037,17 @@ class CheckClient:
                 self.lines += 1
                 if self.lines > CHECK_LINES:
                     raise ftplib.error_proto(f"the server says more than {CHECK_LINES} lines")
-                return super().getline()
+                return super().getline().encode("latin-1").decode("utf-8", "surrogateescape")
+
+            def putline(self, line: str) -> None:
+                super().putline(line.encode("utf-8", "surrogateescape").decode("latin-1"))
 
             def ntransfercmd(self, cmd: str, rest: Any = None) -> Any:
                 sock, size = ftplib.FTP.ntransfercmd(self, cmd, rest)
                 if self._prot_p:
                     sock = self.context.wrap_socket(sock, server_hostname=self.host, session=self.sock.session)
                 return sock, size
-        return Resuming
+        return Resuming(context=context, timeout=CHECK_SECONDS, encoding="latin-1")
 
     def encrypt(self) -> bool:
         """Say AUTH TLS where that is offered; tell whether strangers' certificates would be believed."""
@@ -21064,7 +21067,7 @@ class CheckClient:
     def trust(self) -> None:
         """Whether a client that checks certificates would go on."""
         import ssl
-        ftp = CheckClient.resuming(self.ftplib)(context=ssl.create_default_context(), timeout=CHECK_SECONDS)
+        ftp = CheckClient.resuming(self.ftplib, ssl.create_default_context())
         try:
             self.bounded(lambda: ftp.connect(self.host, self.port) and ftp.auth())
             self.report.add(CHECK_FINE, f"the certificate is trusted, and is for {self.host}")

@@ -21361,6 +21361,18 @@ class CheckTrials(LoginServers):
                               [one[:2] for one in report.findings])
                 self.assertEqual(set(os.listdir(self.home)) - {".ftpquota"}, set())
 
+    def test_names_and_words_that_are_not_utf_8(self):
+        name = os.fsencode(self.home) + b"/caf\xe9"
+        open(name, "wb").close()
+        self.addCleanup(os.unlink, name)
+        login = self.database("odd.pdb", self.user("j\xf6\u0119".encode().decode("latin-1")))
+        status, done, text = self.trial("-l", login, "-E", "--as", "j\xf6\u0119")
+        self.assertEqual((done.get("listing"), done.get("delete")), ("fine", "fine"), text)
+        port, _ = self.play(b"220 Gr\xfc\xdfe\r\n", b"500 No\r\n", b"500 No\r\n")
+        status, done, text = self.trial("--host", f"127.0.0.1,{port}")
+        self.assertEqual(done["connection"], "fine", text)
+        self.assertIn(r"220 Gr\\xfc\\xdfe", text)
+
     def test_anonymous_users_are_not_expected_to_upload(self):
         status, done, text = self.trial("-e")
         self.assertEqual((done["login as anonymous"], done["listing"], done["no upload was tried"]), ("fine",) * 3, text)
