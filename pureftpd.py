@@ -2009,6 +2009,7 @@ LIBARGON2 = ("libargon2.so.1", "libargon2.so.0", "libargon2.so", "libargon2.dyli
 LIBCRYPT = ("libcrypt.so.1", "libcrypt.so.2", "libcrypt.so.5", "libcrypt.so", None)      # None: in libc (macOS, musl)
 
 
+CRYPT_DIGESTS = {"$1$": 22, "$5$": 43, "$6$": 86, "$2a$": 53, "$2b$": 53, "$2y$": 53}    # characters behind the last dollar
 HASH_REMEDY = "give the account a new password (pw passwd)"
 LDAP_SCHEMES = ("{SSHA", "{SHA", "{SMD5", "{MD5", "{SSHA256", "{SSHA384", "{SSHA512", "{SHA256", "{SHA384", "{SHA512", "{CRYPT",
                 "{ARGON2", "{BLF-CRYPT", "{CLEARTEXT", "{PLAIN")
@@ -2402,8 +2403,9 @@ def password_usable(hashed: str) -> bool:
 def hash_problem(hashed: str) -> str:
     """What stands in the place of a hash, and what to do, for a log: nothing of a password; "" when it is a hash."""
     if password_usable(hashed):
-        damaged = not hashed.isascii() or not hashed.isprintable()
-        return f"the stored {hash_kind(hashed)} hash is damaged, {HASH_REMEDY}" if damaged else ""
+        kind, length = hash_kind(hashed), len(hashed) - hashed.rfind("$") - 1
+        damaged = not hashed.isascii() or not hashed.isprintable() or CRYPT_DIGESTS.get(kind, length) != length
+        return f"the stored {kind} hash is damaged, {HASH_REMEDY}" if damaged else ""
     if hashed[:1] in ("*", "!"):
         return "the account is locked"
     if hashed in ("", "x"):
@@ -17241,9 +17243,11 @@ def pw_sound() -> "Callable[[bytes], bool]":
     """
     import re
     number, owner, text = rb"\d{0,18}", rb"[1-9]\d{0,8}", rb"[^:\0]*"
+    hashes = [rb"[*!][ -9;-~]*", rb"\$(?:argon2id?|7|y)\$[!-#%-9;-~]+\$[!-9;-~]+", *(
+        re.escape(kind.encode()) + rb"[!-9;-~]*\$[!-#%%-9;-~]{%d}" % length for kind, length in CRYPT_DIGESTS.items())]
     head = re.compile(b":".join([
-        rb"[^:\0]{1,%d}" % USER_MAX, rb"(?:\$[!-#%-9;-~]+\$[!-#%-9;-~]+\$[!-9;-~]+|[*!][ -9;-~]*)", owner, owner,
-        text, b"/" + text, *[number] * 7, rb"([^\0]*)"]), re.DOTALL).fullmatch
+        rb"[^:\0]{1,%d}" % USER_MAX, rb"(?:%b)" % b"|".join(hashes), owner, owner, text, b"/" + text,
+        *[number] * 7, rb"([^\0]*)"]), re.DOTALL).fullmatch
 
     @lru_cache(maxsize=1000)
     def sound_rules(rules: bytes) -> bool:
@@ -17264,8 +17268,9 @@ def pw_doubts(line: bytes) -> "list[str]":
     name, reasons = printable(record.login), []
     if len(record.login) > USER_MAX:
         reasons.append(f"{name[:40]}...: nobody can log in with a name of more than {USER_MAX} bytes")
-    if not password_usable(record.hash) and record.hash[:1] not in ("*", "!"):
-        reasons.append(f"the password of {name} is no hash, so nobody can log in: pw passwd {name}")
+    problem = hash_problem(record.hash)
+    if problem and record.hash[:1] not in ("*", "!"):
+        reasons.append(f"{name}: {problem}")
     for field in PASSWD_FIELDS[13:17]:
         try:
             pw_hosts(getattr(record, field))

@@ -3911,6 +3911,10 @@ class PureDBBackend(BackendTest):
                 (f"{{crypt}}{JOEHASH}:{good}", b"secret", "the stored password is {CRYPT}, which"),
                 (f"{{secret}}:{good}", b"{secret}", "the stored password is clear text"),
                 (f"{JOEHASH}\r:{good}", b"secret", "hash is damaged"),
+                (f"{JOEHASH[:-1]}:{good}", b"secret", "the stored $1$ hash is damaged, give the account a new password"),
+                (f"{SLOWHASH}x:{good}", b"secret", "the stored $6$ hash is damaged"),
+                (f"$5$saltsalt$:{good}", b"secret", "the stored $5$ hash is damaged"),
+                (f"$2b$12$abcdefghijklmnopqrstuu:{good}", b"secret", "the stored $2b$ hash is damaged"),
                 (f"$9$abc$def:{good}", b"secret", "the password cannot be checked: a $9$ hash is malformed, or of a kind"),
                 (f"{JOEHASH}:0:1002::/home/joe", b"secret", "uid"),
                 (f"{JOEHASH}:1001:0::/home/joe", b"secret", "gid"),
@@ -18383,7 +18387,8 @@ class Actions(Pw):
         good = (f"ok:{PW_HASH}:1:1::/h\nlocked:*:1:1::/h\nout:!{PW_HASH}:1:1::/h\n"
                 f"full:{PW_HASH}:1:1::/h/./::::::::10.0.0.0/8:a.b:::2200-600\n")
         for line, told in (("a", "a: there is nothing behind a login"), ("a:", "there is nothing"),
-                           ("a:plain:1:1::/h", "is no hash"),
+                           ("a:plain:1:1::/h", "a: the stored password is clear text"),
+                           (f"a:{PW_HASH[:-1]}:1:1::/h", "a: the stored $1$ hash is damaged"),
                            (f"a:{PW_HASH}:0:1::/h", "field uid"), (f"a:{PW_HASH}:1:x::/h", "field gid"),
                            (f"a:{PW_HASH}:1:1::h", "field home"),
                            (f"a:{PW_HASH}:1:1", "fields are missing"), ("a::1:1::/h", "field hash"),
@@ -18509,7 +18514,7 @@ class ManyUsers(Pw):
     def test_one_wrong_line_imports_nobody_and_every_wrong_line_is_told(self):
         good = f"a:{PW_HASH}:1000:1001::/h"
         for text, told in ((f"{good}\nb:clear:1:1::/h\n{good}\nc:{PW_HASH}:0:1::/h\n#:x\nd:{PW_HASH}\n",
-                            ("line 2: the password of b is no hash", "line 3: a is in line 1, too", "line 4: field uid",
+                            ("line 2: b: the stored password is clear text", "line 3: a is in line 1, too", "line 4: field uid",
                              "line 6: 2 fields")),
                            (f"login,hash\na,{PW_HASH},x\nb,{PW_HASH}\n",
                             ("line 2: 3 columns, where the header has 2", "line 3: no home")),
@@ -18664,7 +18669,7 @@ class ManyUsers(Pw):
         self.add("jim")
         self.assertIn(b"does not know this user", self.pw("check", "jim", code=128)[0])
         self.write(b"jim:{SSHA}abc:1:1::/h\n")
-        self.assertIn(b"is no hash", self.pw("check", "jim", code=128)[0])
+        self.assertIn(b"jim: the stored password is {SSHA}", self.pw("check", "jim", code=128)[0])
         for words, code in ((("nobody",), 16), ((), 1), (("jim", "--at", "2460"), 1), (("jim", "--from", "here"), 1)):
             self.pw("check", *words, code=code)
 
@@ -18690,7 +18695,10 @@ class ManyUsers(Pw):
 
     def test_lines_that_are_taken_at_a_glance_are_without_doubt(self):
         sound = pureftpd.pw_sound()
-        good = f"joe:{PW_HASH}:1000:1001:Joe:/h/./:1:2:3:4:5:6:7:a.b:1.2.3.4:10.0.0.0/8:c:900-1800".encode()
+        rest = ":1000:1001:Joe:/h/./:1:2:3:4:5:6:7:a.b:1.2.3.4:10.0.0.0/8:c:900-1800"
+        for hashed in ("*", "$6$rounds=1000$salt$" + "." * 86, "$2b$12$" + "." * 53, ARGON2 + "A" * 43, SCRYPT_OF_LIBSODIUM):
+            self.assertEqual([sound(f"joe:{hashed}{end}{rest}".encode()) for end in ("", ":")], [True, False], hashed)
+        good = f"joe:{PW_HASH}{rest}".encode()
         self.assertTrue(sound(good))
         random_lines = random.Random(1)
         for _ in range(2000):
