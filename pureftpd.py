@@ -8119,7 +8119,7 @@ def statedir_empty(statedir: str) -> str:
     """The empty directory in which processes are caged, made with StateDir where it is missing: cleaners of old files, and
     the end of a login, remove what they think nobody needs. Raises ConfigError.
     """
-    empty = os.path.join(statedir, "empty")
+    empty = statedir + "/empty"
     if not os.path.isdir(empty):
         statedir_prepare(statedir)
         try:
@@ -10679,7 +10679,7 @@ class SessionLoop(Conversation):
 
     def event(self, name: str, **details: Any) -> None:
         """Tell the logs that record events (-O json:) of one."""
-        logs = self.logs()
+        logs = self.handover.transferlogs and self.logs()
         if logs:
             details = {"address": self.handover.peer.address, "tls": self.negotiated.tls, **details}
             transferlog_event(logs, name, self.user_shown(), self.host, self.started, **details)
@@ -16043,7 +16043,7 @@ class LoginKeeper(PortKeeper):
     def next_waiting(self, now: float) -> "tuple[Login, Child]":
         """The next login to be checked: first those of addresses where people log in from, as guessers have many others."""
         known = (at for at, (login, _) in enumerate(self.waiting) if self.familiar.holds_some_of(login.peer.address, now))
-        at = next(known, 0)
+        at = next(known, 0) if len(self.waiting) > 1 else 0
         found = self.waiting[at]
         del self.waiting[at]
         return found
@@ -16298,7 +16298,8 @@ class Monitor(ToolKeeper):
             self.start_server()
         for pid in [pid for pid, until in self.checking.items() if now >= until]:
             self.give_up(self.children[pid])
-        self.kicked_on_time(now)
+        if self.kicked:
+            self.kicked_on_time(now)
         self.tools_on_time(now)
         if self.stop_at is not None and now >= self.stop_at:
             self.stop_at = now + 1.0
@@ -16462,8 +16463,10 @@ class Monitor(ToolKeeper):
             self.restart_at = max(now, self.server_started + SERVER_RESTART_SECONDS)
 
     def drop_channel(self, child: Child) -> None:
-        self.end_consultations(child)
-        self.wish_ends(child)
+        if self.consulting:
+            self.end_consultations(child)
+        if self.wishes:
+            self.wish_ends(child)
         if child.channel.fileno() >= 0:
             self.selector.unregister(child.channel)
             child.channel.close()
