@@ -217,7 +217,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import islice
 from operator import gt
@@ -280,7 +280,7 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 4
 LANDLOCK_RIGHTS_BY_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
 LANDLOCK_NET_ABI, LANDLOCK_NET = 4, 3                       # bind(2) and connect(2) of TCP sockets
 LANDLOCK_SCOPE_ABI, LANDLOCK_SCOPE = 6, 3                   # abstract Unix sockets of others, signals to them
-OPENAT2, RESOLVE_IN_ROOT = 437, 0x10
+OPENAT2, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT, OPEN_HOW = 437, 4, 0x10, struct.Struct("=QQQ")
 O_LARGEFILE = getattr(os, "O_LARGEFILE", 0)                 # which open(2) adds by itself
 FCHMODAT2, AT_EMPTY_PATH, AT_FDCWD = 452, 0x1000, -100
 
@@ -583,23 +583,31 @@ def landlock_confine(directory: "int | None") -> bool:
     return True
 
 
-def open_in_root(root: int, path: bytes, flags: int, mode: int = 0) -> int:
-    """openat2(2) with RESOLVE_IN_ROOT: a descriptor of what `path` is, walked by the kernel as if the directory `root` were
-    the top of all. OSError: ENOSYS, or EPERM in some containers, where that is not to be had; EAGAIN when something was
-    renamed meanwhile, and the kernel cannot tell whether a `..` stayed inside.
+def open_in_root(root: int, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2) with RESOLVE_IN_ROOT, and what `resolve` says besides: a descriptor of what `path` is, walked by the kernel as
+    if the directory `root` were the top of all. OSError: ENOSYS, or EPERM in some containers, where that is not to be had;
+    EAGAIN when something was renamed meanwhile, and the kernel cannot tell whether a `..` stayed inside.
     """
     if b"\0" in path:
         raise ValueError("embedded null byte")              # as os.open() says it
-    how = struct.pack("=QQQ", flags | O_LARGEFILE, mode, RESOLVE_IN_ROOT)
-    try:
-        return libc.syscall(OPENAT2, root, path, how, len(how))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from None
+    fd: int = libc.four(OPENAT2, root, path, open_how(flags, mode, resolve), OPEN_HOW.size)
+    if fd == -1:
+        error = libc.ctypes.get_errno()
+        raise OSError(error, os.strerror(error), path)
+    return fd
+
+
+@lru_cache
+def open_how(flags: int, mode: int, resolve: int) -> bytes:
+    """What openat2(2) is told."""
+    return OPEN_HOW.pack(flags | O_LARGEFILE, mode, resolve | RESOLVE_IN_ROOT)
 
 
 @cache
 def can_open_in_root() -> bool:
     """Whether open_in_root() works here: Linux 5.6, and nobody forbids it. PRIV asks for all its children."""
+    if libc.four is None:
+        return False
     try:
         os.close(open_in_root(AT_FDCWD, b"/", os.O_PATH | os.O_CLOEXEC))
     except OSError:
@@ -6105,7 +6113,7 @@ class WalkedTree:
         # where the root is outside: an absolute link into it stays meaningful
         self.host_path = host_path.rstrip(b"/")
         self.counts_links = os.fstat(root).st_nlink > 0     # some file systems (FUSE) say 0 of every directory
-        self.cwd = b"/"                     # from the root, without links, dots, and a slash at its end
+        self.cwd = self.here = b"/"         # from the root, without links, dots, and a slash at its end, which `here` has
 
     def working_directory(self) -> bytes:
         return self.cwd
@@ -6116,13 +6124,16 @@ class WalkedTree:
             os.close(os.open(b".", DIRECTORY_ONLY, dir_fd=fds[-1]))             # may we be there
             if not names and self.counts_links and not os.fstat(self.root).st_nlink:        # removed
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-            self.cwd = b"/" + b"/".join(names)
+            self.go(b"/" + b"/".join(names))
         finally:
             for fd in fds:
                 os.close(fd)
 
+    def go(self, where: bytes) -> None:
+        self.cwd, self.here = where, where.rstrip(b"/") + b"/"
+
     def from_root(self, path: bytes) -> bytes:
-        return path if path[:1] == b"/" else b"%b/%b" % (self.cwd, path)
+        return path if path[:1] == b"/" else self.here + path
 
     def absolute(self, path: bytes) -> bytes:
         """`path` from the root, simplified as text: for replies and logs, never for opening."""
@@ -6403,7 +6414,7 @@ class WalkedTree:
 class RootedTree(WalkedTree):
     """A tree that the kernel walks, confined by open_in_root(). For roots that hold none of the server's own files."""
 
-    def reach(self, path: bytes, flags: int, mode: int = 0) -> int:
+    def reach(self, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
         """A descriptor; -1 when that is to be walked: a `..`, which the kernel is not given; a path too long for it; or
         so much is being renamed that it cannot decide.
         """
@@ -6412,7 +6423,7 @@ class RootedTree(WalkedTree):
             return -1
         for _ in range(TRIES_IN_ROOT):
             try:
-                return open_in_root(self.root, whole, flags, mode)
+                return open_in_root(self.root, whole, flags, mode, resolve)
             except BlockingIOError:
                 continue
         return -1
@@ -6425,6 +6436,19 @@ class RootedTree(WalkedTree):
                 return Place(at, name)
         return super().place(path, follow)
 
+    def change_directory(self, path: bytes) -> None:
+        where, fd = self.absolute(path), -1
+        if path and b".." not in path and where != b"/":
+            try:
+                fd = self.reach(where + b"/.", DIRECTORY_ONLY, resolve=RESOLVE_NO_SYMLINKS)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+        if fd < 0:                          # links tell on the way where it leads
+            return super().change_directory(path)
+        os.close(fd)
+        self.go(where)
+
     def stat(self, path: bytes) -> os.stat_result:
         return self.look(path, os.O_PATH | os.O_CLOEXEC) or super().stat(path)
 
@@ -6432,6 +6456,11 @@ class RootedTree(WalkedTree):
         return self.look(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW) or super().lstat(path)
 
     def look(self, path: bytes, flags: int) -> "os.stat_result | None":
+        name = self.from_root(path)[1:]
+        if name not in (b"", b".", b"..") and b"/" not in name:     # in the root itself: one system call, where that is no link
+            st = os.stat(name, dir_fd=self.root, follow_symlinks=False)
+            if flags & os.O_NOFOLLOW or not stat.S_ISLNK(st.st_mode):
+                return st
         fd = self.reach(path, flags)
         if fd < 0:
             return None
@@ -6445,6 +6474,10 @@ class RootedTree(WalkedTree):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         fd = self.reach(path, flags | FILE_ALWAYS, mode if flags & os.O_CREAT else 0)
         return fd if fd >= 0 else super().open(path, flags, mode)
+
+    def descriptor(self, path: bytes) -> int:
+        fd = self.reach(path, os.O_PATH | os.O_CLOEXEC)
+        return fd if fd >= 0 else super().descriptor(path)
 
 
 def tree_at(root: int, own: "OwnFiles | None" = None, host_path: bytes = b"") -> WalkedTree:
@@ -6807,7 +6840,11 @@ def parent_of(tree: WalkedTree, path: bytes) -> Enclosing:
     head, slash, name = path.rstrip(b"/").rpartition(b"/")
     head, entry = (path, False) if name in (b"", *DOTS) else (head + slash or b".", True)
     try:
-        return Enclosing(tree.stat(head) if entry else None, bool(tree.disk(head).f_flag & os.ST_RDONLY))
+        fd = tree.descriptor(head)
+        try:
+            return Enclosing(os.fstat(fd) if entry else None, bool(os.statvfs(fd).f_flag & os.ST_RDONLY))
+        finally:
+            os.close(fd)
     except OSError:
         return Enclosing(None, True)
 
@@ -8813,9 +8850,8 @@ class Conversation:
         self.host = host                            # the client's address (or name), for the log
         self.denials, self.denials_till = 0, 0.0    # refusals that were logged; till when (monotonic) they count
 
-    def dispatch(self, line: bytes) -> Reply:
-        """The Reply to one command line. Raises Hangup when the conversation is over."""
-        verb, argument = command_split(line)
+    def dispatch(self, verb: bytes, argument: bytes) -> Reply:
+        """The Reply to one command. Raises Hangup when the conversation is over."""
         row = COMMANDS.get(verb)
         if self.options.verboselog:
             self.log_command(verb, argument)
@@ -9459,23 +9495,25 @@ class DataPort:
             self.arrival.sock.close()
             self.arrival = None
         if self.listener is not None:
-            port = self.listener.getsockname()[1]
+            port = self.listener.getsockname()[1] if self.range else 0
             self.listener.close()
             self.listener = None
-            if self.range and port_queue:                       # asked after it is free, as PRIV looks after it has said so
+            if port and port_queue:                       # asked after it is free, as PRIV looks after it has said so
                 self.attention.tell(NUMBERED.pack(FREEDPORT, port, 0))
 
     def listen(self) -> int:
         """Wait on a port from now on; its number. Raises Refuse(425) when none gets free, Aborted, Hangup."""
         self.close()
-        address, sock = self.peer.data_address, None
-        if not (self.range and port_queue):
-            tried = (passive_socket(address, port, self.receive_buffer) for port in passive_ports(self.range or ANY_PORT))
-            sock = next(filter(None, tried), None)
-        if sock is None:
+        sock, port = None, 0
+        for port in () if self.range and port_queue else passive_ports(self.range or ANY_PORT):
+            sock = passive_socket(self.peer.data_address, port, self.receive_buffer)
+            if sock is not None:
+                break
+        else:
             sock = self.wished()
+            port = sock.getsockname()[1]
         self.listener, self.until = sock, time.monotonic() + ACCEPT_SECONDS
-        return int(sock.getsockname()[1])
+        return port
 
     def wished(self) -> socket.socket:
         """What listen() gets from PRIV."""
@@ -10625,12 +10663,11 @@ class SessionLoop(Conversation):
                 self.counted, self.count_due = total, now + COUNT_SECONDS
 
     def one_command(self) -> None:
-        line = self.next_command()
-        self.current = command_split(line)
-        answer = self.dispatch(line)
+        verb, argument = self.current = command_split(self.next_command())
+        answer = self.dispatch(verb, argument)
         if answer is not None:
             self.reply(*answer) if isinstance(answer, tuple) else self.send(answer)
-        row = COMMANDS.get(command_split(line)[0])
+        row = COMMANDS.get(verb)
         if row is None or row.idle:
             if time.monotonic() - self.active_since > 2 * self.idle_seconds:
                 raise Hangup(421, "Nothing but NOOP for %d seconds, goodbye" % (2 * self.idle_seconds))
@@ -10816,7 +10853,7 @@ NOT_REGULAR = "I can only retrieve regular files"
 
 def leads_with_dot(path: bytes) -> bool:
     """Whether a component of `path` is a dot-file's name; `...` counts, `.` and `..` do not."""
-    return any(part[:1] == b"." and part not in (b".", b"..") for part in path.split(b"/"))
+    return (path[:1] == b"." or b"/." in path) and any(part[:1] == b"." and part not in DOTS for part in path.split(b"/"))
 
 
 class FileCommands(SessionLoop):
@@ -12408,9 +12445,14 @@ class Session(CopyCommands):
                         max_files=files, max_depth=depth, facts=self.facts(),
                         rights=self.rights())
 
+    @cached_property
+    def ids(self) -> "tuple[int, frozenset[int]]":
+        """The user's, for good."""
+        return os.geteuid(), frozenset((os.getegid(), *os.getgroups()))
+
     def rights(self) -> Rights:
-        return Rights(uid=os.geteuid(), gids=frozenset((os.getegid(), *os.getgroups())), rules=self.permitted,
-                      special=QUOTA_FILE if self.quota.limited else b"",
+        uid, gids = self.ids
+        return Rights(uid=uid, gids=gids, rules=self.permitted, special=QUOTA_FILE if self.quota.limited else b"",
                       beside=self.options.autorename or self.options.notruncate)
 
     def permitted(self, path: bytes, st: os.stat_result) -> "Iterator[int]":
@@ -13034,7 +13076,7 @@ class Visitor(Conversation):
             self.lines += 1
             if self.lines > VISITOR_LINES:
                 raise Hangup(421, "So many commands and no login, goodbye")
-            answer = self.dispatch(line)
+            answer = self.dispatch(*command_split(line))
             if line[:4].upper() == b"PASS":
                 wipe(line)
                 self.input.wipe()
@@ -21495,11 +21537,10 @@ class Recording(Conversation):
     told: "tuple[str, str] | None"      # the command that has no final reply yet, and its argument
     client: str
 
-    def dispatch(self, line: bytes) -> Reply:
-        verb, argument = command_split(line)
+    def dispatch(self, verb: bytes, argument: bytes) -> Reply:
         self.told = printable(verb), argument.decode("utf-8", "surrogateescape") if verb != b"PASS" else SERVE_SECRET
         try:
-            answer = self.instead(verb) or super().dispatch(line)
+            answer = self.instead(verb) or super().dispatch(verb, argument)
         except Hangup as end:
             self.note(end.args[0] if end.args else 0)
             raise

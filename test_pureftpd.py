@@ -295,10 +295,10 @@ class Layout(unittest.TestCase):
             "readlink": {"os.readlink"}, "rename": {"os.rename", "os.stat"}, "rmdir": {"os.rmdir"}, "stat": {"os.stat"},
             "symlink": {"os.symlink"}, "unlink": {"os.unlink"}, "step": {"os.open"}, "utime": {"os.stat", "os.utime"},
             # RootedTree
-            "reach": {"open_in_root"},
+            "reach": {"open_in_root"}, "look": {"os.stat"},
             # listings: names that scandir(3) has just told, and the descriptor of their directory
             "directory_names": {"os.scandir"}, "leftovers_remove": {"os.scandir"}, "mlsd_lines": {"os.lstat"},
-            "mlsd_produce": {"os.statvfs"},
+            "mlsd_produce": {"os.statvfs"}, "parent_of": {"os.statvfs"},
             "sorted_names": {"os.lstat"}, "stat_at": {"os.lstat"},
             # attributes, by descriptors
             "inherit": {"os.listxattr", "os.getxattr", "os.setxattr"},
