@@ -2948,6 +2948,10 @@ class Database(Files):
         self.assertEqual(pureftpd.puredb_hash(b""), 5381)
         self.assertEqual(pureftpd.puredb_hash(b"ab"), (5381 * 33 ^ 98) * 33 ^ 97)
         self.assertLess(pureftpd.puredb_hash(b"\xff" * 3000), 1 << 32)
+        chance = random.Random(2)
+        keys = [b"", b"\xff" * 3000, *(bytes(chance.choices(range(256), k=chance.randrange(40))) for _ in range(500)), b""]
+        for some in ([], [b""], keys):
+            self.assertEqual(pureftpd.puredb_hashes(some), [pureftpd.puredb_hash(key) for key in some])
 
     def test_everybody_is_found_and_nobody_else(self):
         for count in (0, 1, 2, 300, 3000):
@@ -18694,7 +18698,10 @@ class ManyUsers(Pw):
                 self.assertEqual(self.read(), before)
 
     def test_lines_that_are_taken_at_a_glance_are_without_doubt(self):
-        sound = pureftpd.pw_sound()
+        def sound(line):
+            login, _, rules, _ = pureftpd.pw_glance().match(line).groups(b"")
+            return bool(login) and pureftpd.pw_rules_sound(rules)
+
         rest = ":1000:1001:Joe:/h/./:1:2:3:4:5:6:7:a.b:1.2.3.4:10.0.0.0/8:c:900-1800"
         for hashed in ("*", "$6$rounds=1000$salt$" + "." * 86, "$2b$12$" + "." * 53, ARGON2 + "A" * 43, SCRYPT_OF_LIBSODIUM):
             self.assertEqual([sound(f"joe:{hashed}{end}{rest}".encode()) for end in ("", ":")], [True, False], hashed)
@@ -18710,6 +18717,20 @@ class ManyUsers(Pw):
             if sound(bytes(line)):
                 self.assertEqual(pureftpd.pw_doubts(bytes(line)), [], bytes(line))
                 self.assertNotIn(0, line)
+
+    def test_lines_are_seen_with_one_look_at_the_file_as_one_by_one(self):
+        fields = f"{PW_HASH}:1:1::/h".encode()
+        lines = [b"joe:" + fields + b":" * 12, b"", b"# joe", b"#joe:" + fields + b":" * 12, b"\rjoe:x", b"joe:x\0", b"joe",
+                 b"\xff:" + fields + b"::::::::::::9-5", b"joe:\r:", b"a:*:1:1::/h:::::::::::::beyond"]
+        chance = random.Random(3)
+        for _ in range(300):
+            data = b"".join(chance.choice(lines) + chance.choice((b"\n", b"\r\n", b"\n\n")) for _ in range(5))
+            data = data[:chance.choice((None, -1))]
+            found = [(number, b":".join(filter(None, (login, rest))) or line) for number, (login, rest, _, line)
+                     in enumerate(pureftpd.pw_glance().findall(data), 1)]
+            self.write(data)
+            self.assertEqual([(number, line) for number, line in found if line and line[:1] != b"#"],
+                             pureftpd.pw_users(self.passwd), data)
 
 
 class Together(Pw):
@@ -22361,13 +22382,19 @@ class LeanStart(unittest.TestCase):
                             (["/sbin/pure-ftpd", "/etc/x.conf"], True), (["pureftpd.py", "pw"], False),
                             (["/bin/pure-pw", "-h"], False),
                             (["pureftpd.py", "--version", "-v"], False), (["pureftpd.py", "-S", "1", "--env"], False)):
-            with self.subTest(words), mock.patch.object(sys, "argv", words), \
+            with self.subTest(words), mock.patch.object(sys, "argv", words), mock.patch.object(pureftpd, "__spec__", None), \
                     mock.patch.object(os, "memfd_create", side_effect=OSError), \
                     mock.patch.object(pureftpd, "without_tools", side_effect=ZeroDivisionError), \
                     mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(os.environ):
                 os.environ.pop("PYTHONHOME", None)
                 with self.assertRaises(ZeroDivisionError if lean else OSError):
                     pureftpd.restart_lean(full)
+
+    def test_pw_as_a_module_is_not_started_again_but_takes_no_module_from_beside_the_file(self):
+        with mock.patch.object(sys, "argv", ["/x/pureftpd.py", "pw"]), mock.patch.object(pureftpd, "__spec__", True), \
+                mock.patch.object(os, "execv", side_effect=ZeroDivisionError), mock.patch.object(sys, "path", ["/x", "/y", "/x"]):
+            pureftpd.restart_lean(compile("", "pureftpd.py", "exec"))
+            self.assertEqual(sys.path, ["/y"])
 
     def test_the_options_that_need_the_code_of_the_tools_are_known_however_short(self):
         names = [row.long for row in Options.rows]
