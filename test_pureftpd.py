@@ -4825,6 +4825,8 @@ class StoredPasswords(unittest.TestCase):
 # Real servers, on sockets in directories of ours, started once. What both can do is tested with both.
 
 MARIADB = shutil.which("mariadbd", path=PROGRAMS)
+MYSQLD = shutil.which("mysqld", path=PROGRAMS)
+MYSQLD = MYSQLD if MYSQLD and "mariadb" not in os.path.realpath(MYSQLD) else None
 POSTGRES = next(iter(sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres"))), None)
 PR_SET_PDEATHSIG = 1
 SQL_FIELDS = ("uid", "gid", "dir", "qfs", "qsz", "rul", "rdl", "bul", "bdl", "sessions", "client")
@@ -4863,6 +4865,15 @@ class SqlServer:
         until(lambda: ready in log.read_text(errors="replace") or self.process.poll() is not None, log)
         if self.process.poll() is not None:
             raise AssertionError(log.read_text(errors="replace")[-2000:])
+
+    @contextlib.contextmanager
+    def port_kept(self):
+        """`port` of 127.0.0.1 is bound while the server starts, so nobody else gets it."""
+        with socket.socket() as port:
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.bind(("127.0.0.1", 0))
+            self.port = port.getsockname()[1]
+            yield
 
     def certificate_made(self, *more):
         """The path of one that signs itself; its key has .key at the end. "" without openssl(1)."""
@@ -4911,17 +4922,7 @@ class MariaDB(SqlServer):
         super().__init__()
         self.socket = os.path.join(self.place, "s")
         self.connection = {"Socket": self.socket}
-        command = [MARIADB, "--no-defaults", "--datadir=" + self.data, "--tmpdir=" + self.place, "--skip-innodb",
-                   "--default-storage-engine=Aria", "--skip-networking", "--sync-frm=OFF", "--performance-schema=OFF"]
-        script = "create database mysql;\nuse mysql;\n"
-        for name in "mysql_system_tables.sql", "mysql_system_tables_data.sql":
-            path = next(path for path in ("/usr/share/mysql/" + name, "/usr/share/mariadb/" + name) if os.path.exists(path))
-            script += re.sub("engine=innodb", "engine=Aria", pathlib.Path(path).read_text(errors="replace"), flags=re.I)
-        self.run("mkdir", self.data)
-        self.run(*command, "--bootstrap", text=script)
-        self.certificate = self.certificate_made()
-        tls = ["--ssl-cert=" + self.certificate, "--ssl-key=" + self.certificate + ".key"] if self.certificate else []
-        self.start("ready for connections", *command, *tls, "--socket=" + self.socket)
+        self.begin()
         self.library = pureftpd.mysql_library()
         self.handle = self.library.mysql_init(None)
         pureftpd.mysql_connect(self.library, self.handle, {"User": b"root", "Database": b"mysql",
@@ -4931,12 +4932,43 @@ class MariaDB(SqlServer):
             self.execute(statement)
         self.table()
 
+    def begin(self):
+        command = [MARIADB, "--no-defaults", "--datadir=" + self.data, "--tmpdir=" + self.place, "--skip-innodb",
+                   "--default-storage-engine=Aria", "--skip-networking", "--sync-frm=OFF", "--performance-schema=OFF"]
+        script = "create database mysql;\nuse mysql;\n"
+        for name in "mysql_system_tables.sql", "mysql_system_tables_data.sql":
+            path = next(path for path in ("/usr/share/mysql/" + name, "/usr/share/mariadb/" + name) if os.path.exists(path))
+            script += re.sub("engine=innodb", "engine=Aria", pathlib.Path(path).read_text(errors="replace"), flags=re.I)
+        self.run("mkdir", self.data)
+        self.run(*command, "--bootstrap", text=script)
+        self.start("ready for connections", *command, *self.tls(), "--socket=" + self.socket)
+
+    def tls(self):
+        self.certificate = path = self.certificate_made()
+        return ["--ssl-ca=" + path, "--ssl-cert=" + path, "--ssl-key=" + path + ".key"] if path else []
+
     def execute(self, statement):
         pureftpd.mysql_run(self.library, self.handle, statement.encode())
 
     def end(self):
         self.library.mysql_close(self.handle)
         super().end()
+
+
+class MySQL(MariaDB):
+    """On a socket, and at 127.0.0.1; with an RSA key of its own."""
+
+    def __init__(self):
+        with self.port_kept():
+            super().__init__()
+        self.execute("GRANT SELECT ON performance_schema.* TO ftpd@localhost")
+
+    def begin(self):
+        command = [MYSQLD, "--no-defaults", "--datadir=" + self.data, "--tmpdir=" + self.place, "--innodb-flush-method=nosync",
+                   "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--secure-file-priv=NULL", "--mysqlx=OFF"]
+        self.run(*command, "--initialize-insecure")
+        self.start("ready for connections", *command, *self.tls(), "--socket=" + self.socket,
+                   "--pid-file=" + self.socket + ".pid", "--bind-address=127.0.0.1", "--port=%d" % self.port)
 
 
 class PostgreSQL(SqlServer):
@@ -4948,10 +4980,7 @@ class PostgreSQL(SqlServer):
 
     def __init__(self):
         super().__init__()
-        with socket.socket() as port:               # bound while PostgreSQL starts, so nobody else gets it
-            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            port.bind(("127.0.0.1", 0))
-            self.port = port.getsockname()[1]
+        with self.port_kept():
             self.begin()
 
     def begin(self):
@@ -5282,9 +5311,10 @@ class SqlTests:
         self.assertIn("can write this file", self.log[3][1])
 
 
-@unittest.skipUnless(MARIADB, "needs MariaDB's server (mariadb-server-core)")
-class MySQLBackend(SqlTests, BackendTest):
-    SERVER, LIBRARY, BACKSLASH = MariaDB, "LIBMYSQL", "\\\\"
+class MySQLTests(SqlTests):
+    """What MySQL and MariaDB have in common."""
+
+    LIBRARY, BACKSLASH = "LIBMYSQL", "\\\\"
     SLEEP, ZERO_BYTE, HUGE = "SELECT SLEEP(20)", "SELECT CONCAT('1', CHAR(0))", "SELECT REPEAT('x', 10000000)"
 
     def globally(self, name, value):
@@ -5309,7 +5339,7 @@ class MySQLBackend(SqlTests, BackendTest):
         self.rows({})
         for word, yes in ("On", True), ("yes", True), ("1", True), ("off", False), ("False", False), (None, False):
             with self.subTest(word):
-                account = self.login(self.config(GetQTAFS="SELECT 5 + @@in_transaction", Transactions=word,
+                account = self.login(self.config(GetQTAFS="SELECT 5 + " + self.IN_TRANSACTION, Transactions=word,
                                                  ForceTildeExpansion=word))
                 self.assertEqual((account.quota_files, account.tilde), (5 + yes, yes))
         with self.assertRaisesRegex(ConfigError, "Transactions: must be true, yes"):
@@ -5339,8 +5369,7 @@ class MySQLBackend(SqlTests, BackendTest):
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl")
     def test_the_connection_is_encrypted_where_the_file_says_so(self):
         self.rows({})
-        cipher = ("SELECT IF(variable_value = '', 1000, 2000) FROM information_schema.session_status "
-                  "WHERE variable_name = 'ssl_cipher'")
+        cipher = f"SELECT IF(variable_value = '', 1000, 2000) FROM {self.STATUS} WHERE variable_name = 'ssl_cipher'"
         wrong = self.path("wrong.pem")
         for more, uid in (({}, 1000), ({"SSLMode": "disable"}, 1000), ({"SSLMode": "require"}, 2000),
                           ({"SSLMode": "verify-full", "SSLCA": self.sql.certificate}, 2000)):
@@ -5378,6 +5407,47 @@ class MySQLBackend(SqlTests, BackendTest):
         self.assertEqual(self.login(config, user="\u4e2d".encode()).uid, 1001)
         for name in ("\u4e2d' OR 1=1 -- ", "\u4e2d\\' OR 1=1 -- ", "\xbf' OR 1=1 -- "):
             self.assertEqual(self.refused(config, user=name.encode()), "no such user")
+
+
+    def test_the_account_of_the_readme_and_its_password(self):
+        """MySQL's default, caching_sha2_password: who asks has to load a plugin of libmariadb's, and gives the password in full,
+        by the socket, under TLS or the server's RSA key, until the server remembers it.
+        """
+        statements = re.findall(r"^(CREATE USER .*?|GRANT SELECT ON users TO [^\n]*@localhost);", readme_sql(), re.M)
+        self.assertEqual(len(statements), 2, statements)
+        for statement in statements:
+            self.execute(statement)
+        self.addCleanup(self.execute, "DROP USER pureftpd@localhost")
+        self.rows({})
+        for way in self.ways():
+            self.execute("FLUSH PRIVILEGES")                            # forgets it
+            for password in "wrong", "the password", "the password", "wrong":
+                config = self.config(User="pureftpd", Password=password, **way)
+                with self.subTest(way, password=password):
+                    if password == "wrong":
+                        with self.assertRaisesRegex(BackendBroken, "no connection: Access denied for user 'pureftpd'@"):
+                            self.login(config)
+                    else:
+                        self.assertEqual(self.login(config).uid, 1001)
+
+    def ways(self):
+        return [{}]
+
+
+@unittest.skipUnless(MARIADB, "needs MariaDB's server (mariadb-server-core)")
+class MariaDBBackend(MySQLTests, BackendTest):
+    SERVER, IN_TRANSACTION, STATUS = MariaDB, "@@in_transaction", "information_schema.session_status"
+
+
+@unittest.skipUnless(MYSQLD, "needs MySQL's server, 8 or later")
+class MySQLBackend(MySQLTests, BackendTest):
+    SERVER, STATUS = MySQL, "performance_schema.session_status"
+    IN_TRANSACTION = ("COUNT(*) FROM performance_schema.events_transactions_current WHERE thread_id = PS_CURRENT_THREAD_ID() "
+                      "AND state = 'ACTIVE' AND autocommit = 'NO'")
+
+    def ways(self):
+        network = {"Server": "127.0.0.1", "Port": self.sql.port}
+        return [{}, network, {**network, "SSLMode": "require"}]
 
 
 @unittest.skipUnless(POSTGRES, "needs PostgreSQL's server (postgresql)")
@@ -5522,6 +5592,11 @@ class SqlLogins:
 @unittest.skipUnless(POSTGRES, "needs PostgreSQL's server (postgresql)")
 class PostgreSQLServers(SqlLogins, LoginServers):
     SERVER = PostgreSQL
+
+
+@unittest.skipUnless(MYSQLD, "needs MySQL's server, 8 or later")
+class MySQLServers(SqlLogins, LoginServers):
+    SERVER = MySQL
 
 
 @unittest.skipUnless(MARIADB, "needs MariaDB's server (mariadb-server-core)")
