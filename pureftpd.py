@@ -14873,7 +14873,10 @@ def pidfile_remove(path: str) -> None:
 
 def own_files(options: Options) -> OwnFiles:
     """Every file of the server that a session without chroot must leave alone."""
-    files = [os.path.abspath(__file__), *options.configfiles, *options.certfile, options.pidfile, options.logfile,
+    program = os.path.abspath(__file__)
+    compiled = os.path.join(os.path.dirname(program), "__pycache__")            # which `python3 -m pureftpd` runs
+    code = "%s.%s.pyc" % (os.path.splitext(os.path.basename(program))[0], sys.implementation.cache_tag)
+    files = [program, os.path.join(compiled, code), *options.configfiles, *options.certfile, options.pidfile, options.logfile,
              options.fortunesfile, os.environ.get("PURE_PASSWDFILE")]
     files += [path for _, path in options.altlog]
     for _, path in options.login:
@@ -14881,7 +14884,7 @@ def own_files(options: Options) -> OwnFiles:
             beside = "passwd", "pureftpd.passwd", os.path.splitext(os.path.basename(path))[0] + ".passwd"     # as pw has them
             files += [path, *(os.path.join(os.path.dirname(path), name) for name in beside)]
     files += [place + suffix for path in files if path for place in {path, os.path.realpath(path)} for suffix in BESIDE_FILES]
-    directories = [options.statedir, options.extcert, "/proc"]          # /proc: our memory, too
+    directories = [options.statedir, options.extcert, compiled, "/proc"]        # /proc: our memory, too
     return OwnFiles([os.fsencode(path) for path in files if path], [os.fsencode(path) for path in directories if path])
 
 

@@ -7099,6 +7099,19 @@ class OwnFilesProtection(Trees):
             self.refused(tree.open, b"server/etc/" + name, os.O_WRONLY | os.O_CREAT)
         self.assertIn(os.path.basename(os.fsencode(pureftpd.__file__)), pureftpd.own_files(options).places)
 
+    def test_nobody_puts_compiled_code_beside_the_program(self):
+        """`python3 -m pureftpd pw` would run it."""
+        with mock.patch.object(pureftpd, "__file__", os.path.join(self.top, "server/pureftpd.py")):
+            options = pureftpd.options_read([])
+            options.statedir = self.top + "/server/state"
+            tree = self.tree(pureftpd.own_files(options))
+        self.refused(tree.mkdir, b"server/__pycache__", 0o700)
+        self.refused(tree.rename, b"sub", b"server/__pycache__")
+        os.mkdir(os.path.join(self.top, "server/__pycache__"))
+        self.refused(tree.open, b"server/__pycache__/pureftpd.%b.pyc" % sys.implementation.cache_tag.encode(),
+                     os.O_WRONLY | os.O_CREAT)
+        tree.mkdir(b"__pycache__", 0o700)
+
 
 class KernelTree:
     """What the kernel makes of paths as they come, relative ones and `..` too."""
