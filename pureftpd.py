@@ -1063,7 +1063,10 @@ def option_misuse(rows: "tuple[Option[Any], ...]", error: Any, program: str) -> 
 
 def did_you_mean(word: str, names: "Iterable[str]", prefix: str = "") -> str:
     """", did you mean ...?" with the name most like `word`; "" when none is, or `word` is a letter."""
-    import difflib
+    try:
+        import difflib
+    except ImportError:                                     # whom we have become cannot read this Python's files
+        return ""
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(word.lower(), by_lower, 1) if len(word) > 1 else []
     return f", did you mean {prefix}{by_lower[near[0]]}?" if near else ""

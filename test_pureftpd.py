@@ -4647,6 +4647,10 @@ class DatabaseSettings(unittest.TestCase):
             with self.subTest(text[:40]), self.assertRaisesRegex(ValueError, reason):
                 pureftpd.settings_parsed(self.KIND, text)
 
+    def test_the_line_is_named_by_who_cannot_read_this_pythons_files(self):
+        with mock.patch.dict(sys.modules, {"difflib": None}), self.assertRaisesRegex(ValueError, "line 1: unknown directive"):
+            pureftpd.settings_parsed(self.KIND, b"DBServers a")
+
     def test_the_start_waits_for_a_server_as_long_as_logins_do(self):
         for name in "mysql", "pgsql", "ldap":
             self.assertGreater(pureftpd.SAMPLE_SECONDS[name], pureftpd.DATABASE_SECONDS_MAX + 1)
