@@ -21870,11 +21870,11 @@ def serve_exchanges(log: str) -> "list[Exchange]":
 
 def serve_begin(argv: "list[str]", options: Options, faults: "tuple[Fault, ...]",
                 start: "Callable[[list[str], Options], int]") -> int:
-    """Be the server, with its own conversations; a wrong password is told at once. The exit status."""
+    """Be the server, with its own conversations, none of them rehearsed; a wrong password is told at once. The exit status."""
     import json
     del json                                                # loaded before anybody is caged
     Recording.faults = Faults(faults)
-    globals().update(Visitor=RecordedVisitor, Session=RecordedSession, FAILURE_SECONDS=0.0)
+    globals().update(Visitor=RecordedVisitor, Session=RecordedSession, FAILURE_SECONDS=0.0, REHEARSALS=0)
     return start(argv, options)
 
 
