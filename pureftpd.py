@@ -166,6 +166,7 @@ def restart_lean(code: "Any") -> None:
     tool = word.isalpha() or called[:5] == "pure-" and called[:9] != "pure-ftpd"
     if not tool and not any(given.startswith(TOOL_OPTIONS) for given in sys.argv):
         code = without_tools(code)
+        os.environ["LD_BIND_NOW"] = "1"         # ld.so(8): functions are found now, in memory that all share; else by each child
     os.execv(sys.executable, lean_command(code, sys.argv, sys.path))
 
 
@@ -224,6 +225,9 @@ from itertools import accumulate, groupby, islice
 from operator import gt
 from types import CodeType, SimpleNamespace
 from typing import Any, Callable, Generic, NamedTuple, TypeVar, Union
+
+if "LEAN" in globals():
+    os.environ.pop("LD_BIND_NOW", None)                     # which is ours, and no business of programs that we start
 
 VERSION = "1.0"
 

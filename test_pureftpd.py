@@ -22489,6 +22489,16 @@ class LeanStart(unittest.TestCase):
             pureftpd.restart_lean(compile("", "pureftpd.py", "exec"))
             self.assertEqual(sys.path, ["/y"])
 
+    @unittest.skipUnless(hasattr(os, "memfd_create"), "needs memory files")
+    def test_programs_that_are_started_find_the_environment_as_it_was(self):
+        with tempfile.TemporaryDirectory() as place:
+            path = os.path.join(place, "pureftpd.py")
+            with open(pureftpd.__file__) as program, open(path, "w") as copy:
+                copy.write(program.read().replace("sys.exit(main(sys.argv))", "print('LEAN' in globals(), dict(os.environ))"))
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_"))}
+            made = subprocess.run([sys.executable, path, "-x"], env=environment, timeout=EXAM_SECONDS, stdout=subprocess.PIPE)
+        self.assertEqual(made.stdout.decode(), f"True {environment}\n")
+
     def test_the_options_that_need_the_code_of_the_tools_are_known_however_short(self):
         names = [row.long for row in Options.rows]
         for option in {name[:end] for name in names for end in range(1, len(name) + 1)}:
