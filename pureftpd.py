@@ -17459,7 +17459,7 @@ def pw_read_csv(form: str, lines: "list[bytes]") -> "Iterator[PwImported | Value
     before = next((at for at, line in enumerate(lines) if line.strip() and not line.startswith(b"#")), 0)
     text = [line.decode("utf-8", "surrogateescape") + "\n" for line in lines[before:]]
     mark = next((mark for mark in ",;\t" if mark in text[0]), ",")
-    reader = csv.reader(text, delimiter=mark, strict=True)
+    reader = csv.reader(text, delimiter=mark, strict=True, skipinitialspace=mark + " " in text[0])
     try:
         names = [name.strip().lower() for name in next(reader)]
         for name in names:

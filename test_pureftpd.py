@@ -18586,6 +18586,8 @@ class ManyUsers(Pw):
                 (f"joe:{PW_HASH}", self.OWNER, "joe:1000:1001::/srv/joe/./" + ":" * 12),
                 (f'login,hash,uid,gid,chroot,"max_sessions"\n"joe",{PW_HASH},1000,1001,/h,3\n', (),
                  "joe:1000:1001::/h/./:::::3" + ":" * 7),
+                (f'login, hash, "gecos", chroot\njoe, {PW_HASH}, "Joe", /h\n', self.OWNER,
+                 "joe:1000:1001:Joe:/h/./" + ":" * 12),
                 (f"\ufeffUser;Hash;Directory\n\njoe;{PW_HASH};/h\n", self.OWNER,
                  "joe:1000:1001::/h/./" + ":" * 12),
                 ('{"login": "joe", "hash": "%s", "uid": 1000, "gid": "1001", "home": "/h", "gecos": null}\n\n' % PW_HASH, (),
