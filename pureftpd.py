@@ -17487,9 +17487,11 @@ def pw_read_json(form: str, lines: "list[bytes]") -> "Iterator[PwImported | Valu
             found = json.loads(line.decode("utf-8", "surrogateescape"))
             if not isinstance(found, dict):
                 raise ValueError("not an object, as in {\"login\": \"joe\", ...}")
-            names = [name for name, value in found.items() if value is not None and name not in PW_USED]
-            columns = pw_once(names, [pw_json_name(name) for name in names], "names")
-            yield PwImported(number, {column: pw_json_value(name, found[name]) for name, column in zip(names, columns)})
+            given = {name: value for name, value in found.items() if value is not None and name not in PW_USED}
+            fields = {pw_json_name(name): pw_json_value(name, value) for name, value in given.items()}
+            if len(fields) < len(given):
+                pw_once(list(given), [pw_json_name(name) for name in given], "names")
+            yield PwImported(number, fields)
         except (ValueError, RecursionError) as error:
             yield ValueError(f"line {number}: {error}")
 
