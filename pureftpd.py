@@ -4354,7 +4354,7 @@ def settings_read(kind: Database, fd: int) -> "dict[str, Any]":
     return settings
 
 
-def settings_open(path: str) -> int:
+def regular_open(path: str) -> int:
     """A descriptor of the file, which root alone may be able to read. OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -4490,7 +4490,7 @@ def database_asked(kind: Database, path: str, user: bytes, password: bytes, peer
     """What the server says of `user`, see Database; None for no such user. BackendBroken."""
     database_modules(kind)
     try:
-        fd = settings_open(path)
+        fd = regular_open(path)
     except OSError as error:
         raise database_down(kind, path, error.strerror or "") from None
     try:
@@ -4648,7 +4648,7 @@ def database_preload(kind: Database, path: str) -> "list[str]":
     passwords_preload()
     stored_form("any", "-")                                 # compiles what it compares with
     try:
-        fd = settings_open(path)
+        fd = regular_open(path)
     except OSError as error:
         raise ConfigError(f"-l {kind.name}:{path}: {error.strerror}") from None
     owners = 0, os.geteuid()
@@ -14175,7 +14175,7 @@ def file_pages(file: "str | int") -> memoryview:
     """What a file says (by path or descriptor), at most CERTIFICATE_MAX bytes of it; its `obj` is an mmap. Raises OSError."""
     from mmap import mmap as new_pages
     pages = new_pages(-1, CERTIFICATE_MAX)
-    with open(file, "rb", buffering=0, closefd=isinstance(file, str)) as opened:
+    with open(regular_open(file) if isinstance(file, str) else file, "rb", buffering=0, closefd=isinstance(file, str)) as opened:
         opened.seek(0)
         return memoryview(pages)[:opened.readinto(pages)]
 
@@ -14988,6 +14988,8 @@ PRIV_AS_ROOT = {
         "Log.error Log.write LogSink.put LogSink.write LogSink.write_line log_bytes log_text",
     "Accounts and access rules":
         "address_to_bind",
+    "Accounts in databases":
+        "regular_open",
     "Tree: the files of a session":
         "OwnFiles.add OwnFiles.inode",
     "Transfer logs":
@@ -15222,8 +15224,8 @@ LOGIN_AS_ROOT = {
     "Accounts in databases":
         "database_asked database_backend database_check database_down database_key database_look far_hosts "
         "database_modules database_preload database_record database_sample database_told environment_clean hex_fits id_told "
-        "limit_told mysql_fits name_taken sample_note scheme_fits settings_exposed "
-        "settings_open settings_parsed settings_read stored_demand stored_form text_fits",
+        "limit_told mysql_fits name_taken regular_open sample_note scheme_fits settings_exposed "
+        "settings_parsed settings_read stored_demand stored_form text_fits",
     "MySQL and PostgreSQL":
         "c_text mysql_ask mysql_connect mysql_escaped mysql_library mysql_run mysql_value parse_query pgsql_ask pgsql_connect "
         "pgsql_escaped pgsql_library pgsql_run pgsql_value query_filled query_values sql_demand sql_directives sql_found "

@@ -15010,6 +15010,22 @@ class TlsContexts(TlsExam):
         os.utime(self.certificate)
         self.assertIsNot(certificates.of_client(b"").context, first.context)
 
+    def test_a_fifo_in_the_place_of_a_certificate_holds_nobody_up(self):
+        self.patch("FRESH_SECONDS", 0)
+        directory = tempfile.mkdtemp(dir=self.place)
+        fifo, mine = (os.path.join(directory, name) for name in ("a.example.pem", "mine"))
+        shutil.copy(self.certificate, mine)
+        os.mkfifo(fifo)
+        certificates = self.certificates(certfile=(mine, mine), extcert=directory)
+        first = certificates.of_client(b"")
+        self.assertIsNotNone(certificates.of_client(b"a.example").context)
+        os.unlink(mine)
+        os.mkfifo(mine)
+        self.assertIsNotNone(certificates.of_client(b"").context)
+        with self.assertRaisesRegex(pureftpd.ConfigError, "mine: this is no file"):
+            self.certificates(certfile=(mine, mine))
+        self.assertTrue(first.context)
+
     def reader(self, program):
         """What a process prints that runs `program` and has read the certificate's files, and all its memory then."""
         beginning = """
