@@ -22691,7 +22691,8 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
         detach(ready)
     privsep_privpart_closejunk()
     process_title("pure-ftpd (PRIV)")
-    rehearse(setup)
+    if monitor.inetd is None:                       # else there is one login, which may as well be the first
+        rehearse(setup)
     objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())     # which overwrite keys when freed
     memory_trim()
     monitor.run()
