@@ -7210,7 +7210,7 @@ def list_words(rest: bytes) -> "list[bytes]":
     return words
 
 
-def list_blocks(tree: WalkedTree, argument: bytes, view: ListView, now: "float | None" = None) -> Listing:
+def list_blocks(tree: WalkedTree, argument: bytes, view: ListView, now: "float | None" = None) -> "ListListing":
     """The Listing of LIST, and the bare lines between the first and last of STAT's reply. Never refuses.
 
     `now`: seconds since 1970, which decide on time or year in dates.
@@ -12513,7 +12513,10 @@ class Session(CopyCommands):
 
     @command("LIST", data=True)
     def do_list(self, argument: bytes) -> Reply:
-        return self.send_listing(list_blocks(self.tree, argument, self.view()))
+        listing = list_blocks(self.tree, argument, self.view())
+        if listing.rest in (b"", b"."):
+            self.tree.stat(b".")                # of a directory that is gone, an empty listing would have mirrors delete all
+        return self.send_listing(listing)
 
     @command("NLST", data=True, failing=NOT_THERE)
     def do_nlst(self, argument: bytes) -> Reply:

@@ -16509,6 +16509,9 @@ class HomesHold(ProcExam):
                         self.assertNotRegex(self.listed(inner, command % path if "%" in command else command),
                                             b"secret|outside|passwd")
                     self.assertNotRegex(inner.say("STAT " + path)[1].partition(b"\n")[2], b"[-r][-w]..*(secret|passwd)")
+                for command in ("LIST", "LIST -al", "LIST .", "NLST", "MLSD"):       # an empty one says that all files are gone
+                    with inner.passive():
+                        self.assertEqual(inner.code(command), 550, inner.exchange())
                 self.assertEqual(inner.code("CWD ."), 550)
                 self.assertEqual(inner.say("PWD")[1], b'257 "/sub" is your current location\r\n')
                 self.assertEqual((inner.code("CWD /"), inner.code("CDUP"), inner.code("MKD again")), (250, 250, 257))
