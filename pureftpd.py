@@ -7691,6 +7691,8 @@ class QuotaAccount:
         What was counted of a file that is written anew (offset 0) may be reused by this upload, up to QUOTA_STEP; the rest is
         given back. An upload that goes on in a file has paid for what is there.
         """
+        if not self.quota.limited:
+            return QuotaMeter(self.quota, fd, 0, 0)
         freed = min(before, self.size) if not offset else 0
         self.charge(0, -max(0, freed - QUOTA_STEP))
         meter = QuotaMeter(self.quota, fd, offset, before if offset else min(freed, QUOTA_STEP))
@@ -8260,6 +8262,7 @@ SCOREBOARD_ACCOUNT_SIZE = 128
 SCOREBOARD_SAMPLE = struct.Struct("=qqq")
 SCOREBOARD_SAMPLE_AT = SCOREBOARD_LAYOUT.size - 1 - SCOREBOARD_SAMPLE.size
 SCOREBOARD_FILENAME_MAX = 1024 - 2 - SCOREBOARD_SAMPLE.size
+SCOREBOARD_ENTRY = struct.Struct("=ii128s128sqqqqq128s999sqqqx")        # the layout, and the sample in it
 SAMPLE_MS = 5000
 
 
@@ -8339,18 +8342,16 @@ class ScoreboardEntry:
                now: "float | None" = None) -> None:
         """What the session does from now on, in one write."""
         now = time.time() if now is None else now
-        self.write(SCOREBOARD_LAYOUT.pack(state, self.pid, *self.addresses, self.since, int(now), restart, total, current,
-                                          self.account, filename[-SCOREBOARD_FILENAME_MAX:]), 0)
+        ms = int(now * 1000)
+        self.write(SCOREBOARD_ENTRY.pack(state, self.pid, *self.addresses, self.since, int(now), restart, total, current,
+                                         self.account, filename[-SCOREBOARD_FILENAME_MAX:], ms, current, ms), 0)
         self.samples.clear()
-        self.sample(current, now)
+        self.samples.append((ms, current))
 
     def progress(self, current: int) -> None:
         """The transfer has reached offset `current`."""
         self.write(SCOREBOARD_CURRENT.pack(current), SCOREBOARD_CURRENT_AT)
-        self.sample(current, time.time())
-
-    def sample(self, current: int, now: float) -> None:
-        ms, samples = int(now * 1000), self.samples
+        ms, samples = int(time.time() * 1000), self.samples
         samples.append((ms, current))
         while len(samples) > 2 and samples[1][0] <= ms - SAMPLE_MS:
             samples.popleft()
@@ -15254,7 +15255,7 @@ LOGIN_AS_ROOT = {
     "State directory":
         "statedir_empty statedir_open statedir_prepare",
     "Scoreboard":
-        "ScoreboardEntry.__init__ ScoreboardEntry.close ScoreboardEntry.login ScoreboardEntry.sample "
+        "ScoreboardEntry.__init__ ScoreboardEntry.close ScoreboardEntry.login "
         "ScoreboardEntry.share ScoreboardEntry.update ScoreboardEntry.write process_lives scoreboard_account_name "
         "scoreboard_account_target scoreboard_admit scoreboard_claim scoreboard_count scoreboard_mark scoreboard_name "
         "scoreboard_names sockaddr_pack",
