@@ -19617,6 +19617,7 @@ EVENTS_LINE = 1 << 20                           # bytes: no line of ours is so l
 EVENTS_FIELDS, EVENTS_FIELD = 40, 16384          # that are in the environment, and bytes of each: there is no room for all
 EVENTS_FILES = 250                              # that are followed, those written to last: sendmsg(2) takes 253
 EVENTS_LINGER = 60.0                            # seconds after which a file that is not there any more is forgotten
+EVENTS_NOT_YET = "not there yet"                  # why a log cannot be read that the first event will make
 EVENTS_PATIENCE = 10                            # seconds to wait for the end of a reader whose keeper was killed
 EVENTS_ASK, EVENTS_SAVE, EVENTS_SAME, EVENTS_NEW = b"?", b"=", b"0", b"1"       # how messages begin
 
@@ -19756,7 +19757,7 @@ class EventsKeeper:
                     troubles[entry] = "no regular file"
                     os.close(fd)
         if name not in entries and not self.shown:
-            troubles[name] = "not there yet"
+            troubles[name] = EVENTS_NOT_YET
         self.tell(troubles)
         found.sort()
         for _, _, fd in found[:-EVENTS_FILES]:
@@ -19812,7 +19813,8 @@ class EventsKeeper:
             signal.signal(number, signal.SIG_IGN)
         self.channel.close()
         _, status = os.waitpid(reader, 0)
-        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else COULD_NOT
+        unread = self.plan.once and set(self.troubles.values()) - {EVENTS_NOT_YET}
+        return os.WEXITSTATUS(status) or COULD_NOT * bool(unread) if os.WIFEXITED(status) else COULD_NOT
 
 
 # ---- the reader: files ---------------------------------------------------------------------------

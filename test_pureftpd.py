@@ -20652,11 +20652,11 @@ class EventsTest(unittest.TestCase):
         process.wait()
         process.stderr.close()
 
-    def once(self, *argv):
+    def once(self, *argv, status=0):
         """Everything that is there; what was said."""
         process = self.start("--once", *argv)
         said = process.communicate(timeout=60)[1].decode()
-        self.assertEqual(process.returncode, 0, said)
+        self.assertEqual(process.returncode, status, said)
         return said
 
     def taken(self):
@@ -20796,6 +20796,16 @@ class Events(EventsTest):
         if os.geteuid():
             os.chmod(self.log, 0)
             self.assertIn(b"/log cannot be read: Permission denied", process.stderr.readline())
+
+    def test_what_cannot_be_read_is_no_success(self):
+        self.assertIn("not there yet", self.once())
+        paths = self.write(1)
+        os.symlink(self.log, self.log + ".1")
+        self.assertIn("/log.1 cannot be read: a link", self.once(status=2))
+        self.assertEqual(self.taken(), paths)
+        os.unlink(self.log)
+        os.mkdir(self.log)
+        self.assertIn("/log cannot be read: no regular file", self.once(status=2))
 
     def test_what_fails_is_tried_again_and_holds_up_the_rest(self):
         open(self.failing, "w").close()
