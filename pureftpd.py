@@ -4904,7 +4904,7 @@ def mysql_escaped(library: Any, handle: Any, value: bytes) -> bytes:
     area = c.create_string_buffer(2 * len(value) + 1)
     length = library.mysql_real_escape_string(handle, area, value, len(value))
     if length >= len(area):                                 # (unsigned long)-1 is an error
-        raise DatabaseError("a value cannot be escaped")
+        raise DatabaseError("a value cannot be escaped: " + c_text(library, "mysql_error", handle))
     return area.raw[:length]
 
 
