@@ -156,11 +156,15 @@ def restart_lean(code: "Any") -> None:
     directories, never from beside this file. Another interpreter than ours, as after an upgrade, compiles anew.
     `python3 -m pureftpd pw` has compiled nothing, as a rule, and ends soon: a third of its time would be to start again.
     """
+    import gc
     import os
     if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
         sys.path[:] = [p for p in sys.path[1:] if p[:1] == "/" and p != sys.path[0]]
     word = sys.argv[1] if len(sys.argv) > 1 else "-"
-    if not lean_possible() or word == "pw" and __spec__:
+    if word == "pw" and __spec__:
+        gc.disable()                        # many users are many objects, none of which it could free
+        return
+    if not lean_possible():
         return
     called = os.path.basename(sys.argv[0])
     tool = word.isalpha() or called[:5] == "pure-" and called[:9] != "pure-ftpd"
@@ -2597,6 +2601,7 @@ def password_waste(password: bytes, sample: str = "") -> None:
 # an mmap(2) would kill the process. Nothing that the file says is believed before its size has been asked.
 
 PUREDB_INDEX = 4 + 257 * 4          # where the buckets begin
+PUREDB_MAX = 0xFFFFFFFF             # bytes
 PUREDB_NEIGHBOURS = 16              # records that puredb_sample looks at before it gives up
 PASSWD_LINE_MAX = 2046              # bytes of a line that the original's tools read
 
@@ -2695,22 +2700,21 @@ def puredb_hashes(keys: "list[bytes]") -> "list[int]":
     return [next(hashes[len(key)]) for key in keys]
 
 
-def puredb_build(records: "list[tuple[bytes, bytes]]") -> bytes:
+def puredb_build(records: "list[tuple[bytes, bytes]]") -> bytearray:
     """The database of (key, value) records, byte for byte what pure-pw mkdb makes. ValueError beyond 4 GiB."""
     number = struct.Struct(">I").pack
+    hashes = puredb_hashes([key for key, _ in records])
     buckets: list[list[int]] = [[] for _ in range(256)]         # of pairs, each in one number: hash << 32 | offset
-    position = 0
-    for hashed, (key, value) in zip(puredb_hashes([key for key, _ in records]), records):
-        buckets[hashed & 0xFF].append(hashed << 32 | position)
-        position += 8 + len(key) + len(value)
-    starts = list(accumulate((8 * len(bucket) or 4 for bucket in buckets), initial=PUREDB_INDEX))
-    first = starts[-1]
-    if first + position > 0xFFFFFFFF:
+    first = PUREDB_INDEX + 8 * len(hashes) + 4 * (256 - len({hashed & 0xFF for hashed in hashes}))
+    database = bytearray(first)                                 # which grows in its place: a list of pieces costs twice the time
+    for hashed, (key, value) in zip(hashes, records):
+        buckets[hashed & 0xFF].append(hashed << 32 | len(database))
+        database += number(len(key)) + key + number(len(value)) + value
+    if len(database) > PUREDB_MAX:
         raise ValueError("more than 4 GiB of users do not fit into a PureDB")
-    index = [struct.pack(f">{len(bucket)}Q", *[pair + first for pair in sorted(bucket)]) or number(low_byte + 1)
-             for low_byte, bucket in enumerate(buckets)]
-    data = [number(len(key)) + key + number(len(value)) + value for key, value in records]
-    return b"".join([b"PDB2", *map(number, starts), *index, *data])
+    index = [struct.pack(f">{len(bucket)}Q", *sorted(bucket)) or number(low_byte + 1) for low_byte, bucket in enumerate(buckets)]
+    database[:first] = b"".join([b"PDB2", *map(number, accumulate(map(len, index), initial=PUREDB_INDEX)), *index])
+    return database
 
 
 class PureDB:
@@ -2889,7 +2893,7 @@ class Replacement:
         finally:
             os.close(fd)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: "bytes | bytearray") -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(self.fd, view):]
@@ -17327,7 +17331,7 @@ def pw_glance() -> Any:
     number, owner, text = rb"\d{0,18}", rb"[1-9]\d{0,8}", rb"[^:\0\r\n]{0,400}"
     hashes = [rb"[*!][ -9;-~]{0,600}", rb"\$(?:argon2id?|7|y)\$[!-#%-9;-~]{1,300}\$[!-9;-~]{1,300}", *(
         re.escape(kind.encode()) + rb"[!-9;-~]{0,200}\$[!-#%%-9;-~]{%d}" % length for kind, length in CRYPT_DIGESTS.items())]
-    limits = b":".join([number] * 7 + [rb"([^\0\r\n]{0,200})"])
+    limits = b":".join([number] * 7 + [rb"(?::{4}|([^\0\r\n]{0,200}))"])
     rest = b":".join([rb"(?:%b)" % b"|".join(hashes), owner, owner, text, b"/" + text, rb"(?::{11}|%b)" % limits])
     return re.compile(rb"(?:([^#:\0\r\n][^:\0\r\n]{0,%d}):(%b)|([^\r\n]*))(?:\n|\r[^\n]*\n?|\Z)" % (USER_MAX - 1, rest))
 
@@ -17883,16 +17887,12 @@ PW_DONE = {"useradd": "added", "usermod": "changed", "userdel": "removed", "pass
 
 def pw_run(function: Callable[..., Any], *args: Any) -> int:
     """The exit code of one step; says what went wrong."""
-    import gc
-    gc.disable()                            # many users are many objects, none of which it could free
     try:
         function(*args)
     except PwError as error:
         code, text = error.args
         pw_complain(text)
         return int(code)
-    finally:
-        gc.enable()
     return 0
 
 

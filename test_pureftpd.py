@@ -3024,12 +3024,13 @@ class Database(Files):
         self.assertLess(statistics.median(times), 0.001)
 
     def test_more_than_four_gigabytes_are_refused(self):
-        class Endless(bytes):
-            def __len__(self):
-                return 1 << 31
-        with mock.patch.object(pureftpd.struct, "Struct", lambda _: mock.Mock(pack=lambda n: b"")), \
-                self.assertRaisesRegex(ValueError, "4 GiB"):
-            pureftpd.puredb_build([(b"a", Endless()), (b"b", Endless())])
+        records = [(b"a", b"1"), (b"b", b"2")]
+        size = len(pureftpd.puredb_build(records))
+        with mock.patch.object(pureftpd, "PUREDB_MAX", size):
+            pureftpd.puredb_build(records)
+        with mock.patch.object(pureftpd, "PUREDB_MAX", size - 1), self.assertRaisesRegex(ValueError, "4 GiB"):
+            pureftpd.puredb_build(records)
+        self.assertEqual(pureftpd.PUREDB_MAX, (4 << 30) - 1)
 
     @unittest.skipUnless(original("pure-pw"), "needs the original's pure-pw")
     def test_the_same_bytes_as_the_original(self):
@@ -22528,6 +22529,7 @@ class LeanStart(unittest.TestCase):
     def test_pw_as_a_module_is_not_started_again_but_takes_no_module_from_beside_the_file(self):
         with mock.patch.object(sys, "argv", ["/x/pureftpd.py", "pw"]), mock.patch.object(pureftpd, "__spec__", True), \
                 mock.patch.object(os, "execv", side_effect=ZeroDivisionError), mock.patch.object(sys, "path", ["/x", "/y", "/x"]):
+            self.addCleanup(gc.enable)
             pureftpd.restart_lean(compile("", "pureftpd.py", "exec"))
             self.assertEqual(sys.path, ["/y"])
 
