@@ -17919,6 +17919,8 @@ def pw_action(options: PwOptions, action: str, words: "list[str]") -> int:
         raise ConfigError("the login must not hold a colon or a line break, nor begin with #")
     if action == "useradd" and len(os.fsencode(word)) > USER_MAX:
         raise ConfigError(f"the login has {len(os.fsencode(word))} bytes: nobody can log in with more than {USER_MAX}")
+    if action == "useradd" and os.fsencode(word) != os.fsencode(word).translate(CONTROL_TO_UNDERSCORE):
+        raise ConfigError("the login holds a control character, which the server would read as _")
     code = pw_run({**PW_WRITERS, **PW_READERS}[action], options, path, os.fsencode(word))
     if action in PW_WRITERS:
         if not code:

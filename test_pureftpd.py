@@ -18357,7 +18357,7 @@ class Actions(Pw):
                 with self.subTest(words, action=action):
                     _, error = self.pw(action, login, "-u", "1000", "-g", "1", "-d", "/h", *words, code=1)
                     self.assertIn(words[0] if words[0] != "extra" else "extra", error)
-        for login in ("a:b", "a\nb", "a\rb", "#joe"):
+        for login in ("a:b", "a\nb", "a\rb", "#joe", "a\tb", "a\x7fb"):
             with self.subTest(login):
                 self.add(login, code=1)
         self.assertEqual(self.read(), before)
