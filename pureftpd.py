@@ -7836,9 +7836,10 @@ class Throttle:
 #
 # The login child opens them as root, before chroot, and a session keeps nothing but descriptors. A line is one write(2)
 # to the end of a file opened with O_APPEND, under a fcntl(2) lock that the original takes too; a line that did not fit
-# on the disk is taken back, and a FIFO is given one when it has room for it. Whatever is wrong with a log harms no
-# session: it is told to the system's log once. A session cannot reopen a file that logrotate(8) has moved away: now
-# and then it asks PRIV for a fresh descriptor and gives it to transferlog_renew().
+# on the disk is taken back, and a FIFO is given one when it has room for it; PRIV holds FIFOs open, so lines wait in them
+# while nobody reads. Whatever is wrong with a log harms no session: it is told to the system's log once. A session cannot
+# reopen a file that logrotate(8) has moved away: now and then it asks PRIV for a fresh descriptor and gives it to
+# transferlog_renew().
 #
 # No name may forge a field or a line, and every line tells the name again: a path is percent-encoded, or has its
 # control bytes as \xNN and the backslash doubled (the original knows no name with one). Only xferlog has always
@@ -7963,6 +7964,18 @@ def transferlog_open(path: str) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "neither a regular file nor a FIFO")
     return fd
+
+
+def transferlogs_keep(altlog: "tuple[tuple[str, str], ...]") -> "list[int]":
+    """Its FIFOs, open for both ways, which PRIV holds: readers meet no end when a session does, and lines wait for them."""
+    kept = []
+    for _, path in altlog:
+        try:
+            if stat.S_ISFIFO(os.lstat(path).st_mode):
+                kept.append(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+        except OSError:
+            pass                                            # of which transferlogs_open() tells
+    return kept
 
 
 def transferlog_fits(st: os.stat_result) -> bool:
@@ -14705,6 +14718,14 @@ class Setup(NamedTuple):
     certificates: "Certificates | None" # with -Y
     own: "OwnFiles | None"              # without root: the server's own files
     anonymous_root: bytes               # without root: what anonymous users get
+    fifos: "list[int]"                  # of -O: PRIV holds them, its children close them
+
+    def let_go(self) -> None:
+        """Of what it holds, when nobody is served by it (any more)."""
+        if self.certificates is not None:
+            self.certificates.close()
+        for fd in self.fifos:
+            os.close(fd)
 
 
 def defaults_without_root(options: Options) -> None:
@@ -14940,14 +14961,15 @@ def setup_read(options: Options, log: Log, privileges: Privileges, old: "Setup |
     can_open_in_root()
     if not options.anonymousonly:
         authentication_preload(options, log)
-    for transferlog in transferlogs_open(options.altlog, log):          # sessions open them; what is wrong is told now
-        os.close(transferlog.fd)
     own = None if privileges.root else own_files(options)
     anonymous = old.anonymous_root if old else os.getcwdb()
     greeting, aliases = Greeting(options), aliases_read(ALIASES_FILE)
-    certificates = certificates_read(options, log, old.certificates if old else None)   # last: nobody would close them
+    certificates = certificates_read(options, log, old.certificates if old else None)   # last to fail: nobody would close them
+    logs, fifos = transferlogs_open(options.altlog, log), transferlogs_keep(options.altlog)
+    for transferlog in logs:                                # sessions open them; what is wrong is told now
+        os.close(transferlog.fd)
     return Setup(options=options, log=log, privileges=privileges, statedir=options.statedir, empty=os.fsencode(empty),
-                 aliases=aliases, greeting=greeting, certificates=certificates, own=own, anonymous_root=anonymous)
+                 aliases=aliases, greeting=greeting, certificates=certificates, own=own, anonymous_root=anonymous, fifos=fifos)
 
 
 def certificates_read(options: Options, log: Log, before: "Certificates | None") -> "Certificates | None":
@@ -16677,8 +16699,7 @@ class Monitor(ToolKeeper):
                     listeners = listeners_renew(options, self.listeners)
                     self.renew_pidfile(options, listeners)
                 except (ConfigError, OSError):
-                    if setup.certificates is not None:
-                        setup.certificates.close()
+                    setup.let_go()
                     raise
                 self.renew_pipe(options)
         except (ConfigError, OSError) as error:
@@ -16733,8 +16754,7 @@ class Monitor(ToolKeeper):
                 setup.log.info("No longer listening on " + listener.name())
                 listener.sock.close()
         self.setup, self.listeners = setup, listeners
-        if before.certificates is not None:
-            before.certificates.close()
+        before.let_go()
         self.start_server()
 
 

@@ -304,7 +304,7 @@ class Layout(unittest.TestCase):
             "inherit": {"os.listxattr", "os.getxattr", "os.setxattr"},
             # the server's own files, by their own names
             "add": {"os.path.realpath"}, "inode": {"os.stat"}, "is_at": {"os.stat"},
-            "transferlog_open": {"os.open"}, "standard_stream": {"os.open"},
+            "transferlog_open": {"os.open"}, "transferlogs_keep": {"os.lstat", "os.open"}, "standard_stream": {"os.open"},
             "scoreboard_claim": {"os.unlink", "os.open"}, "scoreboard_names": {"os.listdir"},
             "scoreboard_entries": {"os.unlink", "os.open"}, "scoreboard_remove": {"os.unlink"}, "process_lives": {"open"},
             "scoreboard_count": {"os.readlink"},
@@ -17891,6 +17891,25 @@ class ProcessReloads(ProcExam):
         server = self.live("-O", f"clf:{theirs}/logs/x", "-O", f"json:{theirs}/link/y", "-O", f"stats:{own}/z")
         self.assertEqual([server.count(r"WARNING\] The log %s: %s is not root's alone" % (path, theirs)) for path in (
             theirs + "/logs/x", theirs + "/link/y", ".*")], [1, 1, 2])
+
+    def test_the_reader_of_a_fifo_meets_no_end(self):
+        """Nor does a login need a reader, and PRIV keeps one descriptor of it."""
+        fifo = os.path.join(tempfile.mkdtemp(dir=self.place), "log")
+        os.mkfifo(fifo)
+        text = "AltLog clf:%s\nBind 127.0.0.1,%d\n" % (fifo, self.free_range(1)[0])
+        server = self.configured(text, listen=None)
+        self.reload(server)
+        self.reload(server, text + "Bind 192.0.2.77,2990\n", "The old configuration stays")
+        self.assertEqual(list(proc_fds(server.pid).values()).count(fifo), 1)
+        client = self.enter(server)
+        self.assertEqual(client.store("STOR file", b"x")[0], 226)
+        self.assertEqual((client.code("QUIT"), client.at_end()), (221, True))
+        until(lambda: not server.those("IDLE"), server)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        self.assertEqual(os.read(reader, 65536).count(b"\n"), 1)
+        with self.assertRaises(BlockingIOError):                # at the end it is b""
+            os.read(reader, 1)
 
     def test_a_fifo_in_place_of_the_pid_file_keeps_nobody_waiting(self):
         path = os.path.join(self.place, "fifo.pid")
