@@ -6145,12 +6145,17 @@ class WalkedTree:
         fds, names, _ = self.walk(path, follow=True, whole=True)
         try:
             os.close(os.open(b".", DIRECTORY_ONLY, dir_fd=fds[-1]))             # may we be there
-            if not names and self.counts_links and not os.fstat(self.root).st_nlink:        # removed
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            if not names:
+                self.check_root()
             self.go(b"/" + b"/".join(names))
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def check_root(self) -> None:
+        """FileNotFoundError when it has been removed, and so all that was in it."""
+        if self.counts_links and not os.fstat(self.root).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def go(self, where: bytes) -> None:
         self.cwd, self.here = where, where.rstrip(b"/") + b"/"
@@ -12513,8 +12518,10 @@ class Session(CopyCommands):
         return (ord(letter) for letter, checks in conditions.items() if self.passes(*checks))
 
     def send_listing(self, listing: Listing) -> Reply:
+        """Of a directory that is gone, an empty one would have mirrors delete all: 550."""
         delivery = Delivery(self, self.rate_down)
         try:
+            self.tree.check_root()
             with delivery:
                 stream = delivery.open()
                 for block in listing:
@@ -12533,7 +12540,7 @@ class Session(CopyCommands):
     def do_list(self, argument: bytes) -> Reply:
         listing = list_blocks(self.tree, argument, self.view())
         if listing.rest in (b"", b"."):
-            self.tree.stat(b".")                # of a directory that is gone, an empty listing would have mirrors delete all
+            self.tree.stat(b".")                # NLST and MLSD have opened it already
         return self.send_listing(listing)
 
     @command("NLST", data=True, failing=NOT_THERE)

@@ -16520,6 +16520,18 @@ class HomesHold(ProcExam):
         after = os.stat("/etc/passwd")
         self.assertEqual((after.st_mtime_ns, after.st_mode), (before.st_mtime_ns, before.st_mode))
 
+    def test_a_home_that_is_gone_is_not_listed(self):
+        """An empty listing says that all files are gone, and a mirror deletes its own."""
+        for wall in WALLS:
+            inner = self.client(user="inner", patches=WALLS[wall])
+            subprocess.run(["rm", "-r", os.path.join(self.home, "inner")], check=True)
+            with self.subTest(wall), self.told(inner):
+                for command in ("LIST", "LIST -al", "LIST .", "LIST /", "LIST *", "NLST", "NLST /", "MLSD", "MLSD /"):
+                    with inner.passive():
+                        self.assertEqual(inner.code(command), 550, command)
+                self.assertEqual(inner.code("CWD /"), 550)
+            self.make_dir("inner")
+
     def listed(self, client, command):
         """What a listing shows, on both connections."""
         with client.passive() as data:
