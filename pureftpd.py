@@ -11205,7 +11205,7 @@ class FileCommands(SessionLoop):
              feat=lambda self: "MFF " + ";".join([*self.changeable(), ""]) if self.changeable() else None)
     def do_mff(self, argument: bytes) -> Reply:
         """draft-somers-ftp-mfxx section 5: modify=TIME; and UNIX.mode=OCTAL; of a file, understood and permitted, all of them,
-        before the first is changed.
+        before the first is changed. The reply tells what they are now.
         """
         facts, _, path = argument.partition(b" ")
         if not path or facts[-1:] != b";":
@@ -11224,7 +11224,10 @@ class FileCommands(SessionLoop):
             self.set_time(seconds, path)
         if mode is not None:
             self.set_mode(mode, path)
-        return 213, facts + b" " + path
+        st = self.tree.stat(path)
+        now = {b"modify": b"modify=%b;" % Stamps()[st[stat.ST_MTIME]],
+               b"unix.mode": b"UNIX.mode=%04o;" % stat.S_IMODE(st.st_mode)}
+        return 213, b"".join([now[name.lower()] for name, _ in values]) + b" " + path
 
     def time_given(self, stamp: bytes) -> float:
         """Raises Refuse, also where times are not to be changed."""

@@ -12022,15 +12022,15 @@ class ChangesOfFacts(Exam):
             MFF modify=20200101000000; /../etc/passwd    -> 550
             MDTM a file                                  -> 213 20010909014640
             MLST a file                                  -> 250 UNIX.mode=0644;
-            MFF Modify=20200229123456;unix.mode=0600; a file -> 213 213 Modify=20200229123456;unix.mode=0600; a file
+            MFF Modify=20200229123456;unix.mode=0600; a file -> 213 213 modify=20200229123456;UNIX.mode=0600; a file
             MDTM a file                                  -> 213 20200229123456
             MLST a file                                  -> 250 UNIX.mode=0600;
-            MFF UNIX.mode=4640; link                     -> 213
-            MFF modify=20200229123457.5; link            -> 213
+            MFF UNIX.mode=4640; link                     -> 213 213 UNIX.mode=0640; link
+            MFF unix.mode=640;modify=20200229123457.5; link -> 213 213 UNIX.mode=0640;modify=20200229123457; link
         """)
         st = os.stat(path)
         self.assertEqual((stat.S_IMODE(st.st_mode), st.st_mtime), (0o640, 1582979697.5))
-        self.play(client, "CWD / -> 250\nMFF UNIX.mode=0; . -> 213\nCWD / -> 250")
+        self.play(client, "CWD / -> 250\nMFF UNIX.mode=0; . -> 213 UNIX.mode=0700; .\nCWD / -> 250")
 
     def test_who_may_not_change_one_changes_none(self):
         path = self.put("file", b"x")
