@@ -19020,7 +19020,8 @@ FTPWHO_PAGES = {                    # path: the question, the type of the answer
     "/metrics": (b"m", "text/plain; version=0.0.4; charset=utf-8"),
     "/health":  (b"h", "text/plain; charset=utf-8"),
 }
-FTPWHO_REQUEST = 8192               # bytes of a request
+FTPWHO_REQUEST = 1 << 16            # bytes of a request's headers: a browser sends all cookies of this machine, whatever the port
+FTPWHO_BODY = 1 << 20               # bytes behind them that are thrown away
 FTPWHO_CLIENTS = 64                 # at once
 FTPWHO_PATIENCE = 10.0              # seconds for a request to come
 FTPWHO_SEND_SECONDS = 2.0           # for a client to take its answer, beyond what the kernel takes
@@ -19145,20 +19146,23 @@ class FtpwhoTeller:
         return FTPWHO_ANSWER.pack(told[0], len(body)) + body
 
 
+def ftpwho_named(request: bytes) -> bytes:
+    """A request with no header but Host: of others, Python would make e-mail, and load what that takes."""
+    first, *headers = request.partition(b"\r\n\r\n")[0].split(b"\n")
+    return b"\n".join([first, *[header for header in headers if header[:5].lower() == b"host:"]]) + b"\r\n\r\n"
+
+
 def ftpwho_http(request: bytes, ask: "Callable[[bytes], tuple[int, bytes]]", name: str) -> bytes:
-    """The answer to a request, whole; `name` is what --serve calls us. Of its headers only Host is looked at: of others, Python
-    would make e-mail, and load what that takes.
-    """
+    """The answer to a request, whole; `name` is what --serve calls us."""
     import io
     from http.server import BaseHTTPRequestHandler
-    first, *headers = request.partition(b"\r\n\r\n")[0].split(b"\n")
-    request = b"\n".join([first, *[header for header in headers if header[:5].lower() == b"host:"]]) + b"\r\n\r\n"
+    too_long = len(request) >= FTPWHO_REQUEST and b"\r\n\r\n" not in request
 
     class Handler(BaseHTTPRequestHandler):
         server_version, sys_version = "pureftpd.py", ""
 
         def setup(self) -> None:
-            self.rfile, self.wfile = io.BytesIO(request), io.BytesIO()
+            self.rfile, self.wfile = io.BytesIO(ftpwho_named(request)), io.BytesIO()
 
         def finish(self) -> None:
             pass
@@ -19168,7 +19172,9 @@ def ftpwho_http(request: bytes, ask: "Callable[[bytes], tuple[int, bytes]]", nam
 
         def do_GET(self) -> None:
             page = FTPWHO_PAGES.get(self.path.partition("?")[0])
-            if not ftpwho_is_us(self.headers.get("Host") or "", name):
+            if too_long:
+                self.send_error(431)
+            elif not ftpwho_is_us(self.headers.get("Host") or "", name):
                 self.send_error(421)
             elif page is None:
                 self.send_error(404)
@@ -19205,7 +19211,8 @@ class FtpwhoWeb:
 
     def __init__(self, listener: socket.socket, teller: socket.socket, name: str) -> None:
         self.listener, self.teller, self.name = listener, teller, name
-        self.clients: "dict[socket.socket, tuple[bytearray, float]]" = {}       # what has come, and till when it may
+        # the request, None when it has been answered; till when something may come; and how much
+        self.clients: "dict[socket.socket, tuple[bytearray | None, float, int]]" = {}
 
     def ask(self, question: bytes) -> "tuple[int, bytes]":
         """(status, body). SystemExit when nobody answers any more."""
@@ -19235,7 +19242,7 @@ class FtpwhoWeb:
                 else:
                     self.read(sock)
             now = time.monotonic()
-            for sock in [sock for sock, (_, until) in self.clients.items() if until < now]:
+            for sock in [sock for sock, (_, until, _) in self.clients.items() if until < now]:
                 self.drop(sock)
 
     def accept(self) -> None:
@@ -19246,19 +19253,28 @@ class FtpwhoWeb:
         sock.setblocking(False)
         if len(self.clients) >= FTPWHO_CLIENTS:
             self.drop(next(iter(self.clients)))             # the eldest makes room
-        self.clients[sock] = bytearray(), time.monotonic() + FTPWHO_PATIENCE
+        self.clients[sock] = bytearray(), time.monotonic() + FTPWHO_PATIENCE, FTPWHO_REQUEST
 
     def read(self, sock: socket.socket) -> None:
-        """Take what has come, and answer when that is all of the request."""
-        data, _ = self.clients[sock]
+        """Take what has come, and answer when that is all of the request. What follows is thrown away: who closes while something
+        is unread takes back what he has sent.
+        """
+        request, until, room = self.clients[sock]
         try:
-            piece = sock.recv(FTPWHO_REQUEST)
-            data += piece
-            if piece and b"\r\n\r\n" not in data and len(data) < FTPWHO_REQUEST:
+            piece = sock.recv(min(room, FTPWHO_REQUEST))
+            room -= len(piece)
+            if request is not None:
+                begin = max(0, len(request) - 3)
+                request += piece
+                if not piece or not room or b"\r\n\r\n" in request[begin:]:
+                    sock.settimeout(FTPWHO_SEND_SECONDS)
+                    sock.sendall(ftpwho_http(bytes(request), self.ask, self.name) if request else b"")
+                    sock.shutdown(socket.SHUT_WR)
+                    sock.setblocking(False)
+                    request, room = None, FTPWHO_BODY
+            self.clients[sock] = request, until, room
+            if piece and room:
                 return
-            if data:
-                sock.settimeout(FTPWHO_SEND_SECONDS)
-                sock.sendall(ftpwho_http(bytes(data), self.ask, self.name))
         except BlockingIOError:
             return
         except OSError:

@@ -20266,6 +20266,18 @@ class FtpwhoServe(LoginServers):
                 with self.subTest(kind), sock.makefile("rb") as answer:
                     self.assertTrue(answer.read().endswith(b"\r\n\r\nok\n"))
 
+    def test_a_long_request_is_read_before_its_connection_closes(self):
+        """A browser sends this machine's cookies to all its ports. Who closes too early sends a reset, which is no end."""
+        server = self.server("-l", self.database("serve.pdb", self.user("joe")))
+        port, _ = self.serve(os.path.join(server.directory, "state"))
+        for first, size, body, answer in (
+                (b"GET /health", 20000, b"", b"HTTP/1.0 200 OK"), (b"GET /health", 100000, b"", b"HTTP/1.0 431 "),
+                (b"POST /health", 100, b"x" * 100000, b"HTTP/1.0 501 ")):
+            with self.subTest(answer), socket.create_connection(("127.0.0.1", port), EXAM_SECONDS) as sock:
+                sock.sendall(b"%b HTTP/1.0\r\nCookie: %b\r\n\r\n%b" % (first, b"x" * size, body))
+                with sock.makefile("rb") as file:
+                    self.assertTrue(file.read().startswith(answer))
+
     def test_the_eldest_connection_makes_room(self):
         with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
             web = pureftpd.FtpwhoWeb(listener, None, "localhost")
