@@ -19289,9 +19289,12 @@ class FtpwhoWeb:
 def ftpwho_serve(statedir: str, host: str, port: int) -> int:
     """--serve: the exit status, when the process that talks HTTP has ended. Raises ConfigError, OSError."""
     privileges = privsep_account()
+    os.close(statedir_open(statedir, reading=True))
+    if not any(os.path.lexists(os.path.join(statedir, name)) for name in ("empty", CONTROL_NAME)):
+        raise ConfigError(f"StateDir {statedir}: no server has used it")
+    empty = os.fsencode(statedir_empty(statedir))
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     ours, theirs = socket.socketpair()
-    empty = os.fsencode(statedir_empty(statedir))
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log: Any = SimpleNamespace(notice=lambda text: print(f"pure-ftpwho: {text}", file=sys.stderr))
 

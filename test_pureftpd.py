@@ -20301,11 +20301,20 @@ class FtpwhoServe(LoginServers):
             answer = pureftpd.ftpwho_http(request, lambda question: (200, b"body"), "localhost")
             self.assertNotIn(b"Traceback", answer)
 
+    def test_a_statedir_of_no_server_is_left_alone(self):
+        with tempfile.TemporaryDirectory() as place:
+            for state, said in ((place + "/typo", b"No such file"), (place, b"no server has used it")):
+                done = subprocess.run([*EXAM_PYTHON, "-c", RUN_TOOL, "ftpwho", "--statedir", state, "--serve", "0"],
+                                      stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=EXAM_SECONDS)
+                self.assertEqual((done.returncode, os.listdir(place)), (2, []))
+                self.assertRegex(done.stderr, rb"\Apure-ftpwho: StateDir %b: %b[^\n]*\n\Z" % (os.fsencode(state), said))
+
     def test_a_port_that_is_taken(self):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
+        with tempfile.TemporaryDirectory() as state, socket.create_server(("127.0.0.1", 0)) as taken:
+            pureftpd.statedir_empty(state)
             said = Console()
             with mock.patch("sys.stderr", said):
-                self.assertEqual(pureftpd.tool_ftpwho(["--serve", str(taken.getsockname()[1])]), 2)
+                self.assertEqual(pureftpd.tool_ftpwho(["--statedir", state, "--serve", str(taken.getsockname()[1])]), 2)
         self.assertIn(b"in use", said.bytes())
         said = Console()
         with mock.patch("sys.stderr", said):
