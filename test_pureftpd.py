@@ -977,6 +977,14 @@ def processes_below(pid):
     return [(child, proc_title(child)) for child in proc_children(pid)]
 
 
+def stand_still(pid):
+    """SIGSTOP, and wait until all threads have stopped: before the one has that takes the signal, others go on."""
+    os.kill(pid, signal.SIGSTOP)
+    if os.path.isdir("/proc/self/task"):
+        until(lambda: all(proc_text(pid, "task/%s/stat" % thread).rpartition(")")[2].split()[:1] in (["T"], ["Z"], [])
+                          for thread in os.listdir("/proc/%d/task" % pid)), "it does not stop")
+
+
 RESET = struct.pack("ii", 1, 0)                 # SO_LINGER: close() sends RST
 
 
@@ -6253,7 +6261,7 @@ class LdapBackend(LdapTest):
         self.assertEqual(self.login(self.file(where=where)).uid, 1001)
 
     def test_a_server_that_does_not_answer(self):
-        self.slapd.process.send_signal(signal.SIGSTOP)
+        stand_still(self.slapd.process.pid)
         try:
             start = time.monotonic()
             for where in None, "LDAPServer 127.0.0.1\nLDAPPort %d" % self.slapd.port:
@@ -6464,7 +6472,7 @@ class LdapServers(LoginServers):
 
     def test_a_server_that_dies_in_the_middle_of_a_question(self):
         server = self.daemon
-        self.slapd.process.send_signal(signal.SIGSTOP)
+        stand_still(self.slapd.process.pid)
         try:
             clients = [self.connect(server) for _ in range(3)]
             for client in clients:
@@ -11044,7 +11052,7 @@ class Transfers(Exam):
         """The sessions of `server`, but for the processes `before`, stand still inside."""
         pids = [pid for pid in set(server.children()) - before if "relay" not in proc_title(pid)]
         for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+            stand_still(pid)
         try:
             yield pids
         finally:
@@ -15418,6 +15426,13 @@ class TlsProcesses(TlsExam):
             return client if client.reply()[0] == 220 else None
         return until(let_in, "room for a client")
 
+    def full(self, *switches, patches=""):
+        """Whether one more client is sent away. One that is let in does not stay: it would make room for the next."""
+        client = self.visitor(*switches, patches=patches, greeted=False)
+        code = client.reply()[0]
+        client.close()
+        return code == 421
+
     def test_the_time_to_log_in_goes_on_after_auth_tls(self):
         patches = """
 hurry = pureftpd.TlsDoor.hurry
@@ -15465,7 +15480,7 @@ pureftpd.TlsDoor.hurry = tell
         self.daemon(*switches).wait_for("TLS client 127.0.0.1 made room")
         for client in entered, *last:
             self.assertEqual(client.code("NOOP"), 200)
-        until(lambda: self.visitor(*switches, greeted=False).reply()[0] == 421, "there is no room")
+        until(lambda: self.full(*switches), "there is no room")
 
     def test_a_tls_client_that_has_gone_keeps_no_process(self):
         patches = "pureftpd.FAILURE_SECONDS = 60"
@@ -15483,7 +15498,7 @@ pureftpd.TlsDoor.hurry = tell
             client = self.come_back("-c", "1")
             client.secure()
             self.assertEqual(client.login(), 230)
-            until(lambda: self.visitor("-c", "1", greeted=False).reply()[0] == 421, "the place is free")
+            until(lambda: self.full("-c", "1"), "the place is free")
             victim, = self.processes("-c", "1", title=title)
             os.kill(victim, signal.SIGKILL)
             self.rest_of_tls(client)
@@ -15555,7 +15570,7 @@ pureftpd.Certificates.of_client, pureftpd.Monitor.gone = keep, tell
         lines = self.daemon(*switches, patches=self.QUICK).lines
         self.assertEqual(sum("Authentication failed for user [alice]" in line for line in lines), 4)
         self.assertEqual(clients[0].code("PASS secret"), 530)                   # nobody looks at it any more
-        self.assertEqual(self.visitor(*switches, patches=self.QUICK, greeted=False).reply()[0], 421)
+        self.assertTrue(self.full(*switches, patches=self.QUICK))
 
     def test_anonymous_users_who_are_refused_have_guessed_nothing(self):
         switches = "--banafter", "2", "-c", "18"
@@ -17739,7 +17754,7 @@ class ProcessStops(ProcExam):
         client.send(b"PASS secret\r\n")
         server.wait_for("checking")
         session = self.enter(server, "bob")
-        os.kill([pid for pid in server.those("IDLE")][-1], signal.SIGSTOP)
+        stand_still([pid for pid in server.those("IDLE")][-1])
         server.process.send_signal(signal.SIGINT)
         server.process.send_signal(signal.SIGTERM)
         self.assertEqual(server.ended(), 0)
@@ -18162,7 +18177,7 @@ pureftpd.LOGIN_CHECK_SECONDS, pureftpd.LOGIN_CHECKS = -1.5, 1
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("was read again")
         until(lambda: len(server.those("SERVER")) == 2, server)
-        os.kill(server.pid, signal.SIGSTOP)                 # the old SERVER says what it has to say, and ends
+        stand_still(server.pid)                             # the old SERVER says what it has to say, and ends
         try:
             self.assertEqual([client.code("AUTH TLS") for client in clients], [234] * 3)
             until(lambda: len(server.those("SERVER")) == 1, server)
@@ -19854,7 +19869,7 @@ class FtpwhoControls(LoginServers):
         self.pids(server, 0)
         client = self.login(server, "joe")[0]
         pid, = self.pids(server, 1)
-        os.kill(pid, signal.SIGSTOP)
+        stand_still(pid)
         self.who(server, "--kick", str(pid))
         server.wait_for(r"SESSION process %d of 127.0.0.1 was ended by signal 9" % pid)
         self.pids(server, 0)
