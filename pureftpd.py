@@ -225,7 +225,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property, lru_cache, partial
 from heapq import heappop, heappush
-from itertools import accumulate, groupby, islice
+from itertools import accumulate, chain, groupby, islice
 from operator import gt
 from types import CodeType, SimpleNamespace
 from typing import Any, Callable, Generic, NamedTuple, TypeVar, Union
@@ -6418,7 +6418,8 @@ class WalkedTree:
         if own is None:
             return None
         here = os.fstat(fd)
-        names = {name for name, places in own.places.items() if any(own.is_at(here, place) for place in places)}
+        beside = {place for place in set(chain(*own.places.values())) if own.is_at(here, place)}     # each is asked once
+        names = {name for name, places in own.places.items() if places & beside}
         inodes = {inode for _, inode in (*own.files, *own.closed)}
 
         def is_own(entry: "os.DirEntry[str]") -> bool:

@@ -7094,6 +7094,17 @@ class OwnFilesProtection(Trees):
         self.assertEqual(self.read(self.walked, b"free/users.pdb"), b"hash")
         self.assertEqual(self.names(self.walked, b"old/state"), [b"entry"])
 
+    def test_a_listing_leaves_them_out_and_looks_at_each_of_their_directories_once(self):
+        self.put("top/server/etc/log", "was not there yet")
+        asked, is_at = [], pureftpd.OwnFiles.is_at
+        fd = self.walked.open(b"server/etc", os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        with mock.patch.object(pureftpd.OwnFiles, "is_at", staticmethod(lambda st, path: asked.append(path) or is_at(st, path))):
+            unserved = self.walked.unserved(fd)
+        self.assertEqual(sorted(asked), sorted(set(asked)))
+        with os.scandir(fd) as entries:
+            self.assertEqual([entry.name for entry in entries if not unserved(entry)], ["other"])
+
     def test_closed_directories_are_not_entered_nor_listed(self):
         for path in (b"server/state", b"server/state/.", b"server/etc/../state"):
             self.refused(self.walked.change_directory, path)
