@@ -5619,6 +5619,7 @@ VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 # check it; it is wrong; check it, and should it be wrong, tell nobody but SERVER, which will say GRANT_NEVER in its time
 GRANT_NOW, GRANT_NEVER, GRANT_QUICK = range(3)
 
+DESCRIPTOR = struct.Struct("@i")            # as the kernel hands them over
 PLAIN = struct.Struct("!BB")                # kind, detail
 NUMBERED = struct.Struct("!BIB")            # kind, id, detail
 # kind, id, flags, facts, then the lengths of user, password, client, sni, pending; the marks; what a proxy has told
@@ -5692,7 +5693,7 @@ VERDICT                  = message_kind( 3, "verdict",           NUMBERED,      
 ADMITTED                 = message_kind( 4, "admitted",          PLAIN,         "LOGIN -> PRIV")
 # a socket bound to port 20 is wanted, for active mode
 BINDRESPORT              = message_kind( 5, "bindresport",       PLAIN,         "SESSION -> PRIV")
-# the scoreboard entry of the session that asks may go
+# the session is over: its scoreboard entry may go, and nothing more is heard of it
 REMOVEFTPWHOENTRY        = message_kind( 6, "removeftpwhoentry", PLAIN,         "SESSION -> PRIV")
 # the session, or login child, of that login id is gone
 ENDED                    = message_kind( 7, "ended",             NUMBERED,      "PRIV -> SERVER TLS")
@@ -5732,8 +5733,6 @@ COUNT                    = message_kind(23, "count",             COUNTS,        
 ANSWER_FD                = message_kind(32, "answer",            PLAIN,         "PRIV -> SESSION", 1)
 # what was wanted cannot be had
 ANSWER_ERROR             = message_kind(33, "answer",            PLAIN,         "PRIV -> SESSION")
-# the entry is gone
-ANSWER_REMOVEFTPWHOENTRY = message_kind(34, "answer",            PLAIN,         "PRIV -> SESSION")
 # fmt: on
 
 
@@ -5892,7 +5891,9 @@ def message_receive(channel: socket.socket, most_fds: int = 0) -> "tuple[bytes, 
     """
     if not most_fds:
         return channel.recv(MESSAGE_MAX), []
-    message, fds, flags, _ = socket.recv_fds(channel, MESSAGE_MAX, most_fds)
+    message, ancillary, flags, _ = channel.recvmsg(MESSAGE_MAX, socket.CMSG_LEN(most_fds * DESCRIPTOR.size))
+    fds = [fd for level, kind, data in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+           for fd, in DESCRIPTOR.iter_unpack(data[:len(data) // DESCRIPTOR.size * DESCRIPTOR.size])] if ancillary else []
     if flags & MSG_TRUNC or flags & MSG_CTRUNC and fds:
         for fd in fds:
             os.close(fd)
@@ -12781,9 +12782,9 @@ class Defender:
 
     def suspect(self, who: "str | bytes", now: float, create: bool = False) -> "Suspect | None":
         """The Suspect, its level as of `now`. None: unknown and not to be created, or never suspected."""
-        if not self.ban_after or isinstance(who, str) and any(network.holds(who) for network in self.never):
+        if not self.ban_after or self.never and isinstance(who, str) and any(network.holds(who) for network in self.never):
             return None
-        key = self.key(who)
+        key = address_key(who) if isinstance(who, str) else who
         suspect = self.suspects.get(key)
         if suspect is None:
             if not create:
@@ -12929,7 +12930,7 @@ class Attempts:
     def end(self, attempt: Attempt) -> None:
         attempt.over = True
         self.open.pop(attempt, None)
-        for who in (attempt.address, attempt.pair):
+        for who in (attempt.address, attempt.pair) if self.in_line else ():
             self.in_line.get(self.defender.key(who), {}).pop(attempt, None)
             self.wake(who)
 
@@ -13056,9 +13057,10 @@ class Door:
 
     def pause(self, now: float, eldest: "Visitor | Arrival | None") -> "float | None":
         """Seconds till something is due; None: nothing is. `eldest`: of the visitors whose password is not being checked."""
-        due = [self.timers[0][0]] if self.timers else []
-        due += [eldest.patience] if eldest is not None else []
-        return max(0.0, min(due) - now) if due else None
+        if not self.timers:
+            return None if eldest is None else max(0.0, eldest.patience - now)
+        due = self.timers[0][0]
+        return max(0.0, (due if eldest is None else min(due, eldest.patience)) - now)
 
     def refuse(self, visitor: "Visitor", verdict: int, banned: bool = False) -> None:
         """A login failed: tell it in its time."""
@@ -13628,8 +13630,12 @@ class Reception(Door):
 
     def eldest(self) -> "Visitor | Arrival | None":
         """The one whose time is over first, of those whose password is not being checked: that ends by itself."""
-        visitor = next((visitor for visitor in self.visitors.values() if visitor.state != CHECKING), None)
-        arrival = next(iter(self.arrivals.values()), None)
+        for visitor in self.visitors.values():
+            if visitor.state != CHECKING:
+                break
+        else:
+            visitor = None
+        arrival = next(iter(self.arrivals.values())) if self.arrivals else None
         return arrival if arrival and (visitor is None or arrival.patience < visitor.patience) else visitor
 
     def expire(self, now: float) -> None:
@@ -16027,7 +16033,7 @@ class LoginKeeper(PortKeeper):
             self.tell(child, NUMBERED.pack(VERDICT, number, VERDICT_BROKEN))
             return
         turn = Login(number=number, marks=marks, message=message, client=fds.pop(), peer=peer, asker=child.channel,
-                     tls=child.tls), child
+                     tls=child.tls, permitted=time.monotonic()), child
         if child.state == STATE_TLS:
             self.consult(*turn)
         else:
@@ -16035,7 +16041,7 @@ class LoginKeeper(PortKeeper):
 
     def line_up(self, login: Login, asker: Child) -> None:
         """It may be checked."""
-        self.waiting.append((login._replace(permitted=time.monotonic()), asker))
+        self.waiting.append((login, asker))
         self.next_check()
 
     def client_of(self, server: Child, fd: int, told: bytes) -> "Peer | None":
@@ -16094,7 +16100,7 @@ class LoginKeeper(PortKeeper):
             self.drop(login)
             self.tell(asker, NUMBERED.pack(VERDICT, login.number, VERDICT_WRONG))
         else:
-            self.line_up(login._replace(consultation=number, quick=answer == GRANT_QUICK), asker)
+            self.line_up(login._replace(consultation=number, quick=answer == GRANT_QUICK, permitted=time.monotonic()), asker)
 
     def keep_silent(self, child: Child) -> bool:
         """A TLS client has given a wrong password, which SERVER tells in its time (GRANT_NEVER): whether there is anybody
@@ -16385,8 +16391,7 @@ class Monitor(ToolKeeper):
             self.on_time(time.monotonic())
 
     def pause(self) -> "float | None":
-        due = [when for when in (self.restart_at, self.stop_at, self.control_due, *self.checking.values(), *self.kicked.values())
-               if when is not None]
+        due = [*filter(None, (self.restart_at, self.stop_at, self.control_due)), *self.checking.values(), *self.kicked.values()]
         if self.unsent:
             due.append(time.monotonic() + UNSENT_SECONDS)
         if self.wishes:
@@ -16403,11 +16408,12 @@ class Monitor(ToolKeeper):
         if self.restart_at is not None and now >= self.restart_at:
             self.restart_at = None
             self.start_server()
-        for pid in [pid for pid, until in self.checking.items() if now >= until]:
+        for pid in [pid for pid, until in self.checking.items() if now >= until] if self.checking else ():
             self.give_up(self.children[pid])
         if self.kicked:
             self.kicked_on_time(now)
-        self.tools_on_time(now)
+        if self.control_due is not None:
+            self.tools_on_time(now)
         if self.stop_at is not None and now >= self.stop_at:
             self.stop_at = now + 1.0
             self.kills += 1
@@ -16691,7 +16697,7 @@ class Monitor(ToolKeeper):
     def hear_removeftpwhoentry(self, child: Child, message: bytes) -> None:
         root_scoreboard_remove(self.setup.privileges, self.setup.statedir, child.pid)
         child.listed = False
-        self.tell(child, PLAIN.pack(ANSWER_REMOVEFTPWHOENTRY, 0))
+        self.drop_channel(child)
 
     # -- a new configuration -------------------------------------------------------------------------
 

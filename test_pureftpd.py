@@ -17346,7 +17346,6 @@ class ProcessMessages(unittest.TestCase):
         good = {
             ("LOGIN", pureftpd.ADMITTED): pureftpd.PLAIN.pack(pureftpd.ADMITTED, 0),
             ("SESSION", pureftpd.BINDRESPORT): pureftpd.PLAIN.pack(pureftpd.BINDRESPORT, 4),
-            ("SESSION", pureftpd.REMOVEFTPWHOENTRY): pureftpd.PLAIN.pack(pureftpd.REMOVEFTPWHOENTRY, 0),
         }
         for key, message in good.items():
             self.assertTrue(self.hears(key[0], message), key)
@@ -17357,6 +17356,11 @@ class ProcessMessages(unittest.TestCase):
                 for message in (bytes([kind]), bytes([kind, 4]), bytes([kind]) + login[1:], bytes([kind]) * 5000):
                     self.assertFalse(self.hears(state, message), (state, kind, message[:10]))
         self.assertEqual(self.forks, [])
+
+    def test_a_session_that_says_goodbye_is_off_the_scoreboard_and_not_heard_again(self):
+        with mock.patch.object(pureftpd, "root_scoreboard_remove") as removed:
+            self.assertFalse(self.hears("SESSION", pureftpd.PLAIN.pack(pureftpd.REMOVEFTPWHOENTRY, 0)))
+        self.assertEqual(removed.call_count, 1)
 
     # who hears what: PRIV by who says it, the others what comes over their channel to PRIV
     HEARERS = {"SERVER": pureftpd.Server, "TLS": pureftpd.TlsDoor, "SESSION": pureftpd.Attention}
