@@ -7,6 +7,7 @@ common with their clients is before them. No section uses what is below it.
     Servers and their clients                          what starts and talks to whole servers
     Running them                                       in several processes
     System calls that Python does not wrap             where they are missing
+    Memory that processes share                        what is done to it before the first fork
     Sandbox: system calls that the kernel refuses      filters, run here as the kernel does
     Options                                            the table, command lines, values, files
     Log                                                syslog and stderr
@@ -1620,6 +1621,218 @@ class WithoutProc(unittest.TestCase):
         self.assertEqual(done.stdout.split(), [b"joe", b"/home/joe", b"0", b"0", b"True"])
 
 
+# ==== Memory that processes share =================================================================
+# What is done to it before the first fork, each in a process of its own. (Objects that are not counted: SharedObjects.)
+
+
+def memory_run(program, *switches):
+    """What a program prints that uses pureftpd; an end by a signal is a failure."""
+    made = subprocess.run([*EXAM_PYTHON, "-X", "faulthandler", *switches, "-c", program], timeout=EXAM_SECONDS, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if (made.returncode, made.stderr) != (0, ""):
+        raise AssertionError(f"{made.returncode}\n{made.stderr}")
+    return made.stdout
+
+
+class MemoryScrub(unittest.TestCase):
+    """memory_scrub(), in a process of its own."""
+
+    def test_it_costs_the_same_however_often(self):
+        program = """
+import pureftpd
+sizes = []
+for _ in range(100):
+    pureftpd.memory_scrub()
+    keep = [bytes(n) for n in range(600, 700)]
+    with open("/proc/self/statm") as file:
+        sizes.append(int(file.read().split()[0]))
+first, second, third = (min(sizes[at:at + 8]) for at in (36, 64, 92))
+print(min(second - first, third - second))
+"""
+        if not os.path.exists("/proc/self/statm"):
+            self.skipTest("needs Linux's /proc")
+        # pages after 28 times more, twice, at best: now and then the heap is some dozens larger, and smaller again or not
+        grown = [int(subprocess.run([*EXAM_PYTHON, "-c", program], stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
+        self.assertLessEqual(min(grown), 16, grown)
+
+    def test_it_leaves_nothing_in_pieces_of_any_size(self):
+        program = """
+import ctypes, random, pureftpd
+libc, chance, word = pureftpd.libc.library, random.Random(7), bytes(range(128, 136))
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+pieces, words = [], word * 1200
+for _ in range(3000):
+    size = chance.choice((chance.randrange(24, 600), chance.randrange(600, 9000), 4096, 4112))
+    pieces.append(libc.malloc(size))
+    ctypes.memmove(pieces[-1], words, size)
+    if len(pieces) % 3 == 0:
+        ctypes.memset(pieces[-1], 0, size)
+for piece in chance.sample([piece for number, piece in enumerate(pieces, 1) if number % 3], 2000):
+    libc.free(piece)
+pureftpd.memory_scrub()
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+    start, end = next([int(n, 16) for n in line.split()[0].split("-")] for line in maps if "[heap]" in line)
+    memory.seek(start)
+    print(end - start > 1 << 20, memory.read(end - start).replace(words, b"").count(word) < 5)      # `word` and its like
+"""
+        if not hasattr(pureftpd.libc.library, "malloc_trim") or not os.path.exists("/proc/self/mem"):
+            self.skipTest("needs glibc, and Linux's /proc")
+        made = subprocess.run([*EXAM_PYTHON, "-c", program], stdout=subprocess.PIPE, check=True, timeout=60)
+        self.assertEqual(made.stdout, b"True True\n")
+
+
+class GatheredCode(unittest.TestCase):
+    """code_gather(): functions whose code goes on to change run copies of it, side by side, and are the same otherwise."""
+
+    PROGRAM = """
+import gc, sys, traceback
+import pureftpd
+filler, names = [], dict(__name__="made")
+for number in range(60):
+    exec(compile("def f%d(a, b=b'/', *, c=1):\\n"
+                 "    'text'\\n"
+                 "    if c > 1:\\n"
+                 "        raise KeyError(a)\\n"
+                 "    return [b + a for _ in range(2)][0] + b'%d' + more()\\n" % (number, number), "made.py", "exec"), names)
+    exec("def quiet%d(): return None" % number, names)
+    filler.append([bytes(number * 50), {number: "text" * number}])
+def outer():
+    held = b"held"
+    def more():
+        return b"" + held
+    return more
+names["more"] = outer()
+class Thing:
+    @property
+    def own(self):
+        return b"a" + b"b"
+    @classmethod
+    def of_all(cls):
+        return pureftpd.printable(b"c")
+functions = [names["f%d" % number] for number in range(60)]
+def work():
+    for function in functions:
+        assert function(b"a", b"b") == b"ba%s" % function.__name__[1:].encode() + b"held"
+for _ in range(20):
+    work()
+quiet, before = names["quiet7"].__code__, [function.__code__ for function in functions]
+others = pureftpd.code_of([Thing, names["quiet9"]])
+print(sorted(code.co_name for code in others.values()))
+moved = pureftpd.code_gather(work, others)
+for _ in range(3):
+    for _ in range(500):
+        work()
+    gc.collect()
+after = [function.__code__ for function in functions]
+same = [one is two for one, two in zip(before, after)]
+print(moved, same == [not moved] * 60, before == after, names["quiet7"].__code__ is quiet)
+print(max(map(id, after)) - min(map(id, after)) < 60 * 1200, Thing().own, Thing.of_all(), names["quiet9"]())
+try:
+    functions[3](b"x", c=2)
+except KeyError as error:
+    print([(frame.name, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)])
+print(pureftpd.objects_share(), [work(), gc.collect()][0])
+"""
+
+    def test_functions_do_what_they_did(self):
+        can = pureftpd.code_moves()
+        for switches in ((), ("-X", "dev")):
+            with self.subTest(switches):
+                called, *lines = memory_run(self.PROGRAM, *switches).splitlines()
+                self.assertLessEqual({"of_all", "own", "printable", "quiet9"}, set(ast.literal_eval(called)))
+                self.assertEqual(lines[0], f"{can} True True True")
+                self.assertIn(lines[1][:5], ("True ",) if can else ("True ", "False"))
+                self.assertEqual(lines[1].split(" ", 1)[1], "b'ab' c None")
+                shared = bool(pureftpd.immortal_head())
+                self.assertEqual(lines[2:], ["[('<module>', %d), ('f3', 4)]" % self.line(), f"{shared} None"])
+
+    def test_versions_that_are_known_can_move_code(self):
+        if sys.implementation.name != "cpython" or pureftpd.libc.library is None or hasattr(sys, "gettotalrefcount"):
+            self.skipTest("another Python")
+        self.assertEqual(pureftpd.code_moves(), sys.version_info >= (3, 11))
+
+    def line(self):
+        return self.PROGRAM.splitlines().index("    functions[3](b\"x\", c=2)") + 1
+
+    def test_there_may_be_more_than_there_is_room_for(self):
+        program = self.PROGRAM.replace("import pureftpd\n", "import pureftpd\npureftpd.CODE_PAGES = 4096\n")
+        lines = memory_run(program).splitlines()
+        self.assertEqual(lines[1].split()[0], str(pureftpd.code_moves()))
+        self.assertEqual(lines[3], "[('<module>', %d), ('f3', 4)]" % (self.line() + 1))
+
+    def test_without_room_nothing_is_moved(self):
+        for patch in ("pureftpd.mmap = None", "pureftpd.mmap = lambda *_: pureftpd.MMAP_FAILED",
+                      "pureftpd.code_moves = bool"):
+            with self.subTest(patch):
+                lines = memory_run(self.PROGRAM.replace("import pureftpd\n", f"import pureftpd\n{patch}\n", 1)).splitlines()
+                self.assertEqual(lines[1], "False True True True")
+
+
+class FilledHoles(unittest.TestCase):
+    """holes_fill(): what is made afterwards lies in few pages, whatever was free before."""
+
+    PROGRAM = """
+import gc, random, sys
+import pureftpd
+chance = random.Random(7)
+sizes = [16 * n for n in range(1, 33)]
+things = [object() if size == 16 else complex(n) if size == 32 else bytes(size - 33) for n in range(1500) for size in sizes]
+chance.shuffle(things)
+del things[:2000]
+gc.collect()
+pureftpd.%s
+made = [object() if size == 16 else complex(n) if size == 32 else bytes(size - 33) for n in range(20) for size in sizes]
+print(len({id(thing) >> 12 for thing in made}))
+del made, things
+gc.collect()
+"""
+
+    def test_new_objects_lie_together(self):
+        if sys.implementation.name != "cpython" or pureftpd.libc.library is None:
+            self.skipTest("knows CPython's allocator")
+        before, after = (int(memory_run(self.PROGRAM % work)) for work in ("memory_trim()", "holes_fill()"))
+        self.assertGreater(before, 300)                 # else this says nothing
+        self.assertLessEqual(after, 100)                # it is 165 KiB, and each size has a page that is not full
+        memory_run(self.PROGRAM % "holes_fill()", "-X", "dev")      # where objects lie otherwise: no harm, and an end
+
+    def test_pieces_of_the_heap_are_taken(self):
+        if not hasattr(pureftpd.libc.library, "malloc_trim"):
+            self.skipTest("needs glibc")
+        self.assertEqual(memory_run("""
+import pureftpd
+held = [bytearray(3000 + n % 7 * 100) for n in range(3000)]
+del held[::2]
+taken = pureftpd.heap_take()
+print(len(taken) >= 1000, len(set(taken)) == len(taken), len(pureftpd.heap_take()) < 10)
+new = [bytearray(3000) for n in range(100)]
+import ctypes
+print(all(not any(at <= ctypes.addressof(ctypes.c_char.from_buffer(one)) < at + 3000 for at in taken) for one in new))
+"""), "True True True\nTrue\n")
+
+
+class JoinedPages(unittest.TestCase):
+    """pages_join(): the kernel may map what is there otherwise; it says the same, here and in children."""
+
+    PROGRAM = """
+import os, pureftpd
+room = [bytes([n % 251]) * 400 for n in range(30000)]
+pureftpd.pages_join()
+pid = os.fork()
+room[5:25000:1000] = [b"new"] * 25
+same = all(one == bytes([n % 251]) * 400 for n, one in enumerate(room) if one != b"new")
+if not pid:
+    os._exit(0 if same else 1)
+print(same, os.waitpid(pid, 0)[1])
+"""
+
+    def test_memory_is_what_it_was(self):
+        self.assertEqual(memory_run(self.PROGRAM), "True 0\n")
+
+    def test_without_proc_nothing_happens(self):
+        with mock.patch("builtins.open", side_effect=FileNotFoundError):
+            pureftpd.pages_join()
+
+
 # ==== Sandbox: system calls that the kernel refuses ===============================================
 # The filters are programs of few instructions, which filter_runs() interprets.
 
@@ -2649,53 +2862,6 @@ class Wasting(unittest.TestCase):
         for arguments in ([], [SCRYPT_OF_LIBSODIUM], [ARGON2 + "A" * 43]):
             done = subprocess.run([*EXAM_PYTHON, "-c", code, *arguments], stdout=subprocess.PIPE, timeout=EXAM_SECONDS)
             self.assertEqual((done.returncode, done.stdout), (0, b"\n"))
-
-
-class MemoryScrub(unittest.TestCase):
-    """memory_scrub(), in a process of its own."""
-
-    def test_it_costs_the_same_however_often(self):
-        program = """
-import pureftpd
-sizes = []
-for _ in range(100):
-    pureftpd.memory_scrub()
-    keep = [bytes(n) for n in range(600, 700)]
-    with open("/proc/self/statm") as file:
-        sizes.append(int(file.read().split()[0]))
-first, second, third = (min(sizes[at:at + 8]) for at in (36, 64, 92))
-print(min(second - first, third - second))
-"""
-        if not os.path.exists("/proc/self/statm"):
-            self.skipTest("needs Linux's /proc")
-        # pages after 28 times more, twice, at best: now and then the heap is some dozens larger, and smaller again or not
-        grown = [int(subprocess.run([*EXAM_PYTHON, "-c", program], stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
-        self.assertLessEqual(min(grown), 16, grown)
-
-    def test_it_leaves_nothing_in_pieces_of_any_size(self):
-        program = """
-import ctypes, random, pureftpd
-libc, chance, word = pureftpd.libc.library, random.Random(7), bytes(range(128, 136))
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-pieces, words = [], word * 1200
-for _ in range(3000):
-    size = chance.choice((chance.randrange(24, 600), chance.randrange(600, 9000), 4096, 4112))
-    pieces.append(libc.malloc(size))
-    ctypes.memmove(pieces[-1], words, size)
-    if len(pieces) % 3 == 0:
-        ctypes.memset(pieces[-1], 0, size)
-for piece in chance.sample([piece for number, piece in enumerate(pieces, 1) if number % 3], 2000):
-    libc.free(piece)
-pureftpd.memory_scrub()
-with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
-    start, end = next([int(n, 16) for n in line.split()[0].split("-")] for line in maps if "[heap]" in line)
-    memory.seek(start)
-    print(end - start > 1 << 20, memory.read(end - start).replace(words, b"").count(word) < 5)      # `word` and its like
-"""
-        if not hasattr(pureftpd.libc.library, "malloc_trim") or not os.path.exists("/proc/self/mem"):
-            self.skipTest("needs glibc, and Linux's /proc")
-        made = subprocess.run([*EXAM_PYTHON, "-c", program], stdout=subprocess.PIPE, check=True, timeout=60)
-        self.assertEqual(made.stdout, b"True True\n")
 
 
 # fmt: off
@@ -16639,21 +16805,25 @@ class Rehearsal(unittest.TestCase):
         self.privileges = pureftpd.privsep_account()
 
     def state(self):
-        return (os.getresuid(), os.getresgid(), os.umask(os.umask(0o22)), proc_fds(os.getpid()), os.getcwd(),
+        with open("/proc/self/task/%d/children" % threading.get_native_id()) as file:
+            children = file.read().split()
+        return (os.getresuid(), os.getresgid(), os.umask(os.umask(0o22)), proc_fds(os.getpid()), children, os.getcwd(),
                 signal.getsignal(signal.SIGTERM), list(pureftpd.at_termination), os.path.exists("/.ftpquota"))
 
-    def rehearse(self, *switches):
+    def rehearse(self, *switches, certificates=None):
         def run_command(session, row, argument):
             self.met.append((os.geteuid(), session.command_shown()))
             return original(session, row, argument)
 
         fields = dict.fromkeys(pureftpd.Setup._fields)
-        fields.update(options=pureftpd.options_read(["-f", "none", *switches]), log=self.log, privileges=self.privileges,
-                      aliases={})
+        options = pureftpd.options_read(["-f", "none", *switches])
+        fields.update(options=options, log=self.log, privileges=self.privileges, aliases={}, certificates=certificates,
+                      greeting=pureftpd.Greeting(options))
         original, before = pureftpd.Session.run_command, self.state()
         with mock.patch.object(pureftpd.Session, "run_command", run_command):
-            pureftpd.rehearse(pureftpd.Setup(**fields))
+            pureftpd.rehearse(pureftpd.Setup(**fields), 3)
         self.assertEqual(self.state(), before)
+        self.assertEqual(signal.alarm(0), 0)
 
     def test_sessions_run_to_their_end_whatever_the_options(self):
         commands = [line.split()[0] for line in pureftpd.REHEARSAL_COMMANDS.decode().splitlines()]
@@ -16663,7 +16833,7 @@ class Rehearsal(unittest.TestCase):
                 self.met.clear()
                 self.rehearse(*switches)
                 self.assertEqual(self.log, [])
-                self.assertEqual(self.met, [(self.privileges.uid, verb) for verb in commands] * pureftpd.REHEARSALS)
+                self.assertEqual(self.met, [(self.privileges.uid, verb) for verb in commands] * 3)
 
     def test_what_goes_wrong_is_no_reason_not_to_start(self):
         for error, lines in ((OSError(errno.EMFILE, ""), 0), (pureftpd.NoLogin(""), 0), (RuntimeError("odd"), 1)):
