@@ -15840,10 +15840,24 @@ def system_home(name: bytes) -> "bytes | None":
 # an idle session. The start takes 15 ms more.
 
 REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from the eighth time on, newer ones from the second
+REHEARSAL_SECONDS = 5               # for a client's part
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
               *selectors.DefaultSelector.__mro__[:-1])              # and what it calls is not rehearsed
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
+REHEARSAL_LOGIN = b"USER rehearsal\r\nPASS rehearsal\r\n"
+REHEARSAL_PEM = b"""-----BEGIN CERTIFICATE-----
+MIHnMIGOAgEBMAoGCCqGSM49BAMCMAAwHhcNMjYxMTI5MTQzNjE0WhcNNDgxMDI0
+MTQzNjE0WjAAMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE0t21h8/8pu41frGm
+n80vg7V1t828FW7ToYK4a4D02gcRvYiphjxQtXtWR6YzI/izMIDLtg5+ZCrLzgxm
+3d+RXjAKBggqhkjOPQQDAgNIADBFAiAcdMBSpF2cU6gGz0V2uK2PdUic22BVg5en
+ynnFALfVlwIhAMKIellyF/7vYaanrdph5+248ECyFH2YPu/iDWcgjH0J
+-----END CERTIFICATE-----
+-----BEGIN EC PRIVATE KEY-----
+MDECAQEEIAgrEtJfk64qPzPULO0bfuQmwsXykX3/iJ7mhO/Ct1+9oAoGCCqGSM49
+AwEH
+-----END EC PRIVATE KEY-----
+"""
 REHEARSAL_COMMANDS = b"SYST\r\nFEAT\r\nPWD\r\nTYPE I\r\nCWD /\r\nQUIT\r\n"
 
 
@@ -15856,6 +15870,8 @@ def rehearse(setup: Setup, times: int) -> None:
         os.write(users.fd, puredb_build([(REHEARSAL_ACCOUNT, REHEARSAL_RECORD)]))
         for _ in range(times):
             rehearse_login(setup, f"/proc/self/fd/{users.fd}")
+        if setup.certificates is not None:
+            rehearse_tls(setup, setup.certificates, times)
     except (OSError, BackendBroken, NoLogin):           # no memory file, no /proc, no descriptor left; no MD5 here
         pass
     except Exception:
@@ -15894,6 +15910,56 @@ def rehearse_login(setup: Setup, path: str) -> None:
             pending=request.pending, root=b"", start=home.start, chrooted=home.locked, trusted=home.trusted, host=peer.address,
             names=names, aliases=setup.aliases, scoreboard=board)).run()
         os.close(tree.root)
+
+
+def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
+    """What tls_child() does once it is locked in, with clients that log in and are gone. The certificate's key is nobody's."""
+    options, log = Options(**vars(setup.options)), Log(LogSink("none"))
+    options.tlsciphersuite = ""
+    pem = MemoryFile()
+    pem.make("rehearsal", 0)
+    try:
+        os.write(pem.fd, REHEARSAL_PEM)
+        path = f"/proc/self/fd/{pem.fd}"
+        context = tls_context(certificates.ssl, options, path, path, certificates.libssl)
+    finally:
+        pem.close()
+    for _ in range(times):
+        (sock, client), (channel, monitor) = socket.socketpair(), channel_pair()
+        pid = process_begin(partial(rehearsed_client, certificates.ssl, client, monitor))
+        try:
+            with sock, client, channel, monitor:
+                client.close()
+                monitor.close()
+                tls = ClientTls(context, random_secret(TICKET_KEYS), certificates.libssl)
+                tls.put_keys()
+                door = TlsDoor(options=options, log=log, sock=sock, channel=channel, tls=tls, negotiated=Negotiated(),
+                               peer=PEER_NOBODY, greeting=setup.greeting)
+                with door.sock:
+                    door.run()
+                if door.relay is not None:
+                    door.relay.close()
+        finally:
+            signal.alarm(0)                             # which would have ended a TLS process
+            os.waitpid(pid, 0)
+
+
+def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket) -> None:
+    """The client of a rehearsed TLS process, and the PRIV that lets it in: another process, for a few seconds at most."""
+    close_others([client.fileno(), monitor.fileno()])
+    signal.alarm(REHEARSAL_SECONDS)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with context.wrap_socket(client) as tls:
+        tls.send(REHEARSAL_LOGIN)
+        message, fds, _, _ = socket.recv_fds(monitor, MESSAGE_MAX, 1)
+        monitor.send(NUMBERED.pack(VERDICT, LOGIN_HEAD.unpack_from(message)[1], VERDICT_IN))
+        with socket.socket(fileno=fds[0]) as session:
+            session.recv(HANDOVER.size)
+            session.send(reply_bytes(230, b"OK"))
+        while tls.recv(256)[:3] != b"230":
+            pass
+        tls.unwrap()
 
 # ==== PRIV: its children ==========================================================================
 # How processes are forked, told of things, and kept up with the log. Each has a channel of its own, so PRIV knows who speaks.

@@ -16842,6 +16842,29 @@ class Rehearsal(unittest.TestCase):
                 self.rehearse()
                 self.assertEqual([level for level, _ in self.log], ["error"] * lines)
 
+    def test_tls_processes_run_to_their_end(self):
+        """With or without what Python does not offer; the certificates that are the administrator's are not used."""
+        import ssl
+        passed_on, pass_on = [], pureftpd.TlsDoor.pass_on
+        for libssl in {None, pureftpd.libssl_load()}:
+            certificates = types.SimpleNamespace(ssl=ssl, libssl=libssl)
+            for switches in ((), ("-J", "-S:-C:HIGH", "--tlsminversion=1.3"), ("--tlssessionreuse=off", "-Y", "3")):
+                with self.subTest(libssl=libssl, switches=switches), mock.patch.object(
+                        pureftpd.TlsDoor, "pass_on", lambda door: passed_on.append(door.sock.version()) or pass_on(door)):
+                    del self.log[:], passed_on[:]
+                    self.rehearse(*switches, certificates=certificates)
+                    self.assertEqual((self.log, passed_on), ([], ["TLSv1.3"] * 3))
+
+    def test_a_tls_process_that_fails_is_no_reason_not_to_start(self):
+        import ssl
+        certificates = types.SimpleNamespace(ssl=ssl, libssl=pureftpd.libssl_load())
+        for place, error, lines in (("TlsDoor.handshake", OSError(errno.EIO, ""), 0), ("TlsDoor.begin_login", ValueError(""), 1),
+                                    ("rehearsed_client", RuntimeError("there"), 0), ("tls_context", OSError(errno.EIO, ""), 0)):
+            with self.subTest(place), mock.patch("pureftpd." + place, side_effect=error):
+                del self.log[:]
+                self.rehearse(certificates=certificates)
+                self.assertEqual([level for level, _ in self.log], ["error"] * lines)
+
 
 # ==== PRIV: the parent of all =====================================================================
 # What the parent of all hears and does: ends of its children, messages, signals.
