@@ -172,7 +172,8 @@ def restart_lean(code: "Any") -> None:
     if tool or any(given.startswith(TOOL_OPTIONS) for given in sys.argv):
         os.execv(sys.executable, lean_command(code, sys.argv, sys.path))
     os.environ["LD_BIND_NOW"] = "1"             # ld.so(8): functions are found now, in memory that all share; else by each child
-    os.execv(sys.executable, lean_command(without_tools(code), sys.argv, sys.path, LEAN_ROOM + LEAN_START))
+    room = LEAN_ROOM if sys.version_info >= (3, 12) else ""
+    os.execv(sys.executable, lean_command(without_tools(code), sys.argv, sys.path, room + LEAN_START))
 
 
 def lean_possible() -> bool:
@@ -195,9 +196,9 @@ def lean_command(code: "Any", argv: "list[str]", path: "list[str]", start: str =
     return [sys.executable, *flags, "-c", start or LEAN_START, str(fd)]
 
 
-# 9 MiB for objects, in a row, where pages_join() finds them; one object in each MiB keeps the rest for others
+# 5 MiB, most of what our objects take, in a row, where pages_join() finds them; one object in each MiB keeps the rest for others
 LEAN_ROOM = """
-room = [bytes(400) for _ in range(20000)][::2000]
+room = [bytes(400) for _ in range(12000)][::2000]
 """
 LEAN_START = """
 import marshal, sys
@@ -22980,17 +22981,23 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
     if ready is not None:
         detach(ready)
     privsep_privpart_closejunk()
-    if monitor.inetd is None and REHEARSALS:        # else there is one login, which may as well be the first
-        rehearse(setup, REHEARSALS)
-        code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1]]))
-    objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())     # which overwrite keys when freed
+    if monitor.inetd is None:
+        memory_prepare(setup)
     process_title("pure-ftpd (PRIV)")
     memory_trim()
-    if monitor.inetd is None:
-        holes_fill()
-        pages_join()
     monitor.run()
     return monitor.status
+
+
+def memory_prepare(setup: Setup) -> None:
+    """Before the first fork: what all children share becomes as good as it gets. Not for one client of inetd's."""
+    if REHEARSALS:
+        rehearse(setup, REHEARSALS)
+        code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1]]))
+    shared = objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())  # which overwrite keys when freed
+    holes_fill()
+    if shared:                                          # else children write to most pages anyway
+        pages_join()
 
 
 def privsep_privpart_closejunk() -> None:
