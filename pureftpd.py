@@ -233,7 +233,7 @@ from functools import cache, cached_property, lru_cache, partial
 from heapq import heappop, heappush
 from itertools import accumulate, chain, groupby, islice, repeat
 from operator import gt
-from types import CodeType, FunctionType, SimpleNamespace
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Callable, Generic, NamedTuple, TypeVar, Union
 
 if "LEAN" in globals():
@@ -300,6 +300,22 @@ O_LARGEFILE = getattr(os, "O_LARGEFILE", 0)                 # which open(2) adds
 FCHMODAT2, AT_EMPTY_PATH, AT_FDCWD = 452, 0x1000, -100
 
 
+def ctypes_load() -> Any:
+    """ctypes. Raises ImportError. The daemon has no threads: since 3.14 a module that ctypes asks for asks for threading, which
+    would be called in each child.
+    """
+    import _thread
+    stand_in: Any = ModuleType("threading")
+    stand_in.RLock = _thread.RLock
+    alone = "LEAN" in globals() and sys.modules.setdefault("threading", stand_in) is stand_in
+    try:
+        import ctypes
+    finally:
+        if alone:
+            del sys.modules["threading"]
+    return ctypes
+
+
 class LibC:
     """libc's functions, or `None` for `library` where ctypes or the symbols cannot be had."""
 
@@ -308,7 +324,7 @@ class LibC:
         self.handlers: "dict[int, Any]" = {}            # addresses of signal handlers that signal_default() has replaced
         self.title_area = (0, 0, 0)       # address of argv; its length; the length with environ; 0 where unknown
         try:
-            import ctypes
+            ctypes = ctypes_load()
             self.ctypes: Any = ctypes
             self.library: Any = ctypes.CDLL(None, use_errno=True)
         except (ImportError, OSError):
@@ -811,19 +827,52 @@ def objects_share(mortal: "tuple[type, ...]" = ()) -> bool:
     import gc
     gc.collect()
     gc.disable()                                        # what is found stays what and where it is
-    head, place, count = immortal_head(), libc.ctypes and libc.ctypes.memmove, sys.getrefcount
+    head, count = immortal_head(), sys.getrefcount
     fresh: "list[Any]" = gc.get_objects() if head else []
     while fresh:
         marked: "list[Any]" = []
         for thing in fresh:
-            # not isinstance(), which asks for a __class__, and so fills Python's cache of attributes; code hides its constants
+            # not isinstance(), which asks for a __class__, and so fills Python's cache of attributes
             if count(thing) < IMMORTAL_LEAST and type(thing) not in mortal:
-                place(id(thing), head, len(head))
-                marked += (thing, thing.co_consts) if type(thing) is CodeType else (thing,)
-        fresh = gc.get_referents(*marked)
+                libc.ctypes.memmove(id(thing), head, len(head))
+                marked.append(thing)
+        codes = [thing for thing in marked if type(thing) is CodeType]
+        for code in codes:
+            constants_uncount(code)
+        fresh = gc.get_referents(*marked) + [code.co_consts for code in codes]          # which the collector does not look at
     gc.freeze()
     gc.enable()
     return bool(head)
+
+
+@cache
+def constant_opcodes() -> "tuple[int, int, int]":
+    """The instruction that loads a constant; and since 3.14, when it has run, of one that is counted, and of an immortal one."""
+    def counted() -> int:
+        return 1234567891011
+
+    def immortal() -> None:
+        return None
+    for _ in range(3):
+        counted()
+        immortal()
+    plain = counted.__code__.co_code
+    at = next(at for at in range(2, len(plain), 2) if plain[at])            # after RESUME, which has a cache since 3.15
+    written = [getattr(code, "_co_code_adaptive", plain) for code in (counted.__code__, immortal.__code__)]
+    return plain[at], written[0][at], written[1][at]
+
+
+def constants_uncount(code: Any) -> None:
+    """Since 3.14 code that has run counts each constant that was not immortal then, and does not look again: each time one is
+    kept, its count would rise, and after years it would be freed.
+    """
+    load, counted, immortal = constant_opcodes()
+    if counted != load:
+        written: bytes = code._co_code_adaptive[::2]
+        for number, opcode in enumerate(code.co_code[::2]):     # whose caches are zeros, so it tells what is an instruction
+            if opcode == load and written[number] == counted:
+                place = id(code) + CodeType.__basicsize__ + 2 * number
+                libc.ctypes.memset(place, immortal, 1)
 
 
 def code_of(things: "Iterable[Any]") -> "dict[int, CodeType]":
@@ -15188,7 +15237,7 @@ def certificates_read(options: Options, log: Log, before: "Certificates | None")
 
 PRIV_AS_ROOT = {
     "System calls that Python does not wrap":
-        "LibC.__init__ random_secret",
+        "LibC.__init__ ctypes_load random_secret",
     "Memory that processes share":
         "heap_take memory_scrub memory_trim",
     "Log":
@@ -15392,8 +15441,8 @@ LOGIN_AS_ROOT = {
     "Errors that carry intent":
         "printable",
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.call MemoryFile.__init__ MemoryFile.close MemoryFile.fds area_kind file_map in_tmpfs mmap_of_libc "
-        "process_begin process_telling wipe",
+        "LibC.__init__ LibC.call MemoryFile.__init__ MemoryFile.close MemoryFile.fds area_kind ctypes_load file_map in_tmpfs "
+        "mmap_of_libc process_begin process_telling wipe",
     "Options":
         "did_you_mean",
     "Values of options":

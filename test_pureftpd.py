@@ -16403,6 +16403,28 @@ print(shared, [new - was for new, was in zip(after, before)], gone() is None)
                 counted = [0, 0, 0, 0, 1000] if shared else [1000] * 5
                 self.assertEqual((made.returncode, made.stderr, made.stdout), (0, "", f"{shared} {counted} True\n"))
 
+    def test_constants_are_not_counted_by_code_that_ran_before(self):
+        """Their counts would rise with each that is kept, and fall with none: after years a constant would be freed."""
+        program = """
+import sys, pureftpd
+kept = []
+def keep():
+    one, two = b"a constant", 1234567890123
+    kept[:] = [one, two, one, two, 2.5]
+    return [one, two]
+for _ in range(50):
+    keep()
+constants = [one for one in keep.__code__.co_consts if one]
+pureftpd.objects_share()
+before = [sys.getrefcount(one) for one in constants]
+for _ in range(1000):
+    keep()
+print(len(constants) > 1, [sys.getrefcount(one) - was for one, was in zip(constants, before)] == [0] * len(constants))
+"""
+        if not pureftpd.immortal_head():
+            self.skipTest("this Python has no immortal objects")
+        self.assertEqual(memory_run(program), "True True\n")
+
     def test_versions_that_are_known_are_shared(self):
         ordinary = sys.implementation.name == "cpython" and object.__basicsize__ == 16 and sys.byteorder == "little"
         if not ordinary or not (3, 12) <= sys.version_info < (3, 16) or hasattr(sys, "gettotalrefcount"):
