@@ -720,6 +720,7 @@ def daemonize() -> None:
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
 POOL, POOL_HEAD, POOL_MOST = 1 << 14, 48, 512       # CPython's Objects/obmalloc.c: a pool, its head, the largest object in one
 HOLES_MOST = 1 << 17                # bytes, at most, that fill the holes of a size
+HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
 MADV_COLLAPSE = 25                  # madvise(2), since Linux 6.1
 
 
@@ -738,7 +739,7 @@ def heap_take() -> "list[int]":
     """All pieces of memory that malloc(3) held free, by their addresses; they are taken now. None but glibc's.
 
     From large ones to small ones. Meanwhile the heap does not grow: what it has no room for comes from mmap(2), which is how its
-    exhaustion is seen, and goes back there.
+    exhaustion is seen, and goes back there. Its address does not always tell: with `ulimit -s unlimited` it is below the heap.
     """
     library = libc.library
     taken: "list[int]" = []
@@ -754,7 +755,7 @@ def heap_take() -> "list[int]":
     # 16 n + 8 is what a piece has room for; one may have 16 bytes more, as what would be left is too small for a piece
     for size in [*(1 << bits for bits in range(16, 10, -1)), *range(1032, 8, -16)]:
         address = library.malloc(size)
-        while address is not None and address < end:
+        while address is not None and address < end and not word.from_address(address - HEAD).value & IS_MMAPPED:
             taken.append(address)
             address = library.malloc(size)
         library.free(address)

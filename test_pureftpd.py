@@ -1809,6 +1809,22 @@ import ctypes
 print(all(not any(at <= ctypes.addressof(ctypes.c_char.from_buffer(one)) < at + 3000 for at in taken) for one in new))
 """), "True True True\nTrue\n")
 
+    def test_a_heap_above_all_other_memory(self):
+        """As with `ulimit -s unlimited`: what mmap(2) gives does not show by its address that the heap is exhausted."""
+        if not hasattr(pureftpd.libc.library, "malloc_trim") or not os.path.exists("/proc/self/statm"):
+            self.skipTest("needs glibc, and Linux's /proc")
+        self.assertEqual(memory_run("""
+import resource
+import pureftpd
+held = [bytearray(3000 + n % 7 * 100) for n in range(3000)]
+del held[::2]
+pureftpd.libc.library.sbrk = lambda _: 1 << 47
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + (64 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(1000 <= len(pureftpd.heap_take()) < 100000, len(pureftpd.heap_take()) < 10)
+"""), "True True\n")
+
 
 class JoinedPages(unittest.TestCase):
     """pages_join(): the kernel may map what is there otherwise; it says the same, here and in children."""
