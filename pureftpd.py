@@ -982,6 +982,8 @@ def pages_join() -> None:
     """Have the kernel map memory by huge pages, where there is enough of it in a row. Of one that a child writes to, 4 KiB are
     copied, as ever.
     """
+    if libc.library is None:
+        return
     try:
         with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
             size = int(file.read())

@@ -1848,6 +1848,16 @@ print(same, os.waitpid(pid, 0)[1])
         with mock.patch("builtins.open", side_effect=FileNotFoundError):
             pureftpd.pages_join()
 
+    def test_without_ctypes_nothing_happens(self):
+        self.assertEqual(memory_run("""
+import pureftpd
+room = [bytes(400) for n in range(30000)]
+pureftpd.libc.ctypes = pureftpd.libc.library = None
+for work in (pureftpd.memory_trim, pureftpd.memory_scrub, pureftpd.holes_fill, pureftpd.pages_join):
+    work()
+print(pureftpd.code_gather(int, {}), pureftpd.objects_share())
+"""), "False False\n")
+
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
 # The filters are programs of few instructions, which filter_runs() interprets.
