@@ -921,7 +921,8 @@ def code_moves() -> bool:
         results = {add(b"%d" % n, b"!") == b"%d!?" % n for n in range(100)}
         return results == {True} and add.__code__ is copy is not code and copy == code
     known = libc.library is not None and sys.implementation.name == "cpython" and hasattr(CodeType, "_co_code_adaptive")
-    return known and holds_in_child(proof)
+    compiled = hasattr(sys, "_jit") and sys._jit.is_enabled()       # what a JIT compiler makes of code refers to it
+    return known and not compiled and holds_in_child(proof)
 
 
 def code_exchange(function: Any, copy: CodeType) -> None:

@@ -1751,6 +1751,15 @@ print(pureftpd.objects_share(), [work(), gc.collect()][0])
             self.skipTest("another Python")
         self.assertEqual(pureftpd.code_moves(), sys.version_info >= (3, 11))
 
+    def test_what_may_be_compiled_stays_where_it_is(self):
+        """Since 3.13 code refers to what a JIT compiler made of it, and this to that code: a copy of it would crash."""
+        self.assertEqual(memory_run("""
+import sys, types
+import pureftpd
+sys._jit = types.SimpleNamespace(is_enabled=lambda: True)
+print(pureftpd.code_moves())
+"""), "False\n")
+
     def line(self):
         return self.PROGRAM.splitlines().index("    functions[3](b\"x\", c=2)") + 1
 
