@@ -15927,7 +15927,7 @@ def rehearse(setup: Setup, times: int) -> None:
             rehearse_login(setup, f"/proc/self/fd/{users.fd}")
         if setup.certificates is not None:
             rehearse_tls(setup, setup.certificates, times)
-    except (OSError, BackendBroken, NoLogin):           # no memory file, no /proc, no descriptor left; no MD5 here
+    except (OSError, MemoryError, BackendBroken, NoLogin):      # no memory file, no /proc, no descriptor left; no MD5 here
         pass
     except Exception:
         setup.log.error("bug: " + traceback_text())
@@ -15990,13 +15990,19 @@ def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
                 tls.put_keys()
                 door = TlsDoor(options=options, log=log, sock=sock, channel=channel, tls=tls, negotiated=Negotiated(),
                                peer=PEER_NOBODY, greeting=setup.greeting)
-                with door.sock:
-                    door.run()
-                if door.relay is not None:
-                    door.relay.close()
+                rehearse_door(door)
         finally:
             signal.alarm(0)                             # which would have ended a TLS process
             os.waitpid(pid, 0)
+
+
+def rehearse_door(door: TlsDoor) -> None:
+    with door.sock:
+        try:
+            door.run()
+        finally:
+            if door.relay is not None:
+                door.relay.close()
 
 
 def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket) -> None:
@@ -16012,7 +16018,7 @@ def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket) ->
         with socket.socket(fileno=fds[0]) as session:
             session.recv(HANDOVER.size)
             session.send(reply_bytes(230, b"OK"))
-        while tls.recv(256)[:3] != b"230":
+        while tls.recv(256)[:3] not in (b"230", b""):
             pass
         tls.unwrap()
 

@@ -16893,7 +16893,8 @@ class Rehearsal(unittest.TestCase):
                 self.assertEqual(self.met, [(self.privileges.uid, verb) for verb in commands] * 3)
 
     def test_what_goes_wrong_is_no_reason_not_to_start(self):
-        for error, lines in ((OSError(errno.EMFILE, ""), 0), (pureftpd.NoLogin(""), 0), (RuntimeError("odd"), 1)):
+        for error, lines in ((OSError(errno.EMFILE, ""), 0), (pureftpd.NoLogin(""), 0), (MemoryError(), 0),
+                             (RuntimeError("odd"), 1)):
             with self.subTest(error), mock.patch("pureftpd.listing_names", side_effect=error):
                 self.log.clear()
                 self.rehearse()
@@ -16916,11 +16917,14 @@ class Rehearsal(unittest.TestCase):
         import ssl
         certificates = types.SimpleNamespace(ssl=ssl, libssl=pureftpd.libssl_load())
         for place, error, lines in (("TlsDoor.handshake", OSError(errno.EIO, ""), 0), ("TlsDoor.begin_login", ValueError(""), 1),
+                                    ("TlsDoor.pass_on", OSError(errno.EIO, ""), 0),
                                     ("rehearsed_client", RuntimeError("there"), 0), ("tls_context", OSError(errno.EIO, ""), 0)):
             with self.subTest(place), mock.patch("pureftpd." + place, side_effect=error):
                 del self.log[:]
+                begun = time.monotonic()
                 self.rehearse(certificates=certificates)
                 self.assertEqual([level for level, _ in self.log], ["error"] * lines)
+                self.assertLess(time.monotonic() - begun, pureftpd.REHEARSAL_SECONDS - 1)
 
 
 # ==== PRIV: the parent of all =====================================================================
