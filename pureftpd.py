@@ -785,15 +785,16 @@ IMMORTAL_HEADS = {                  # how an immortal object begins (PEP 683; CP
 }
 
 
+def layout_known() -> bool:
+    """Whether objects lie in memory as they are thought to here: in free-threaded and debugging builds they do not."""
+    return (sys.implementation.name == "cpython" and object.__basicsize__ == 16 and sys.byteorder == "little"
+            and libc.library is not None and not hasattr(sys, "gettotalrefcount"))
+
+
 @cache
 def immortal_head() -> bytes:
-    """The bytes that make an object of this interpreter immortal; b"" where they are not known, or do not do it.
-
-    Free-threaded and debugging builds lay their objects out in another way.
-    """
-    known = (sys.implementation.name == "cpython" and object.__basicsize__ == 16 and sys.byteorder == "little"
-             and libc.library is not None and not hasattr(sys, "gettotalrefcount"))
-    head = IMMORTAL_HEADS.get(sys.version_info[:2], b"") if known else b""
+    """The bytes that make an object of this interpreter immortal; b"" where they are not known, or do not do it."""
+    head = IMMORTAL_HEADS.get(sys.version_info[:2], b"") if layout_known() else b""
     return head if head and immortal_holds(head) else b""
 
 
@@ -920,9 +921,8 @@ def code_moves() -> bool:
         code_exchange(add, copy)
         results = {add(b"%d" % n, b"!") == b"%d!?" % n for n in range(100)}
         return results == {True} and add.__code__ is copy is not code and copy == code
-    known = libc.library is not None and sys.implementation.name == "cpython" and hasattr(CodeType, "_co_code_adaptive")
     compiled = hasattr(sys, "_jit") and sys._jit.is_enabled()       # what a JIT compiler makes of code refers to it
-    return known and not compiled and holds_in_child(proof)
+    return layout_known() and hasattr(CodeType, "_co_code_adaptive") and not compiled and holds_in_child(proof)
 
 
 def code_exchange(function: Any, copy: CodeType) -> None:
@@ -962,7 +962,7 @@ def holes_fill() -> None:
     Where three are made in a row from the beginning of a pool, it is a new one: there were no holes left for that size.
     """
     import gc
-    if libc.library is None or sys.implementation.name != "cpython":
+    if not layout_known():
         return
     gc.collect()                                        # empties Python's lists of free objects, too
     keep = libc.ctypes.pythonapi.Py_IncRef
@@ -15892,7 +15892,7 @@ def system_home(name: bytes) -> "bytes | None":
 # is given up or written; what locks a process in is not rehearsed.
 #
 # Measured for a login: CPU 5 % less on 3.11 and 11 % on 3.13, page faults 1111 to 1049 and 542 to 495, and 220 KiB less memory of
-# an idle session. A start takes 10 ms of it, and 40 ms with TLS.
+# an idle session. A start takes 10 ms of it, and 40 ms with TLS (80 on 3.11).
 
 REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from the eighth time on, newer ones from the second
 REHEARSAL_SECONDS = 5               # for a client's part
