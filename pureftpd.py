@@ -287,7 +287,6 @@ def printable(data: bytes) -> str:
 
 PR_SET_NAME, PR_SET_NO_NEW_PRIVS = 15, 38
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
-M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 128 * 1024           # mallopt(3), and glibc's default
 DESCRIPTORS_LEAST, DESCRIPTORS_MOST = 64, 1024              # of a session or a TLS process
 MMAP_READ, MMAP_WRITE, MMAP_SHARED, MMAP_PRIVATE, MMAP_ANONYMOUS, TMPFS_MAGIC = 1, 2, 1, 2, 0x20, 0x01021994
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
@@ -720,6 +719,9 @@ def daemonize() -> None:
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
 POOL, POOL_HEAD, POOL_MOST = 1 << 14, 48, 512       # CPython's Objects/obmalloc.c: a pool, its head, the largest object in one
 HOLES_MOST = 1 << 17                # bytes, at most, that fill the holes of a size
+# mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
+# longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
 HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
 MADV_COLLAPSE = 25                  # madvise(2), since Linux 6.1
 
@@ -760,6 +762,7 @@ def heap_take() -> "list[int]":
             address = library.malloc(size)
         library.free(address)
     library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    library.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
     return taken
 
 

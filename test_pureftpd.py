@@ -1655,6 +1655,20 @@ print(min(second - first, third - second))
         grown = [int(subprocess.run([*EXAM_PYTHON, "-c", program], stdout=subprocess.PIPE, check=True).stdout) for _ in range(3)]
         self.assertLessEqual(min(grown), 16, grown)
 
+    def test_large_blocks_are_used_again_afterwards(self):
+        """glibc asks the system for each of 128 KiB and more, until it has learned, which it does not do any more."""
+        if not hasattr(pureftpd.libc.library, "malloc_trim"):
+            self.skipTest("needs glibc")
+        self.assertLess(int(memory_run("""
+import resource, pureftpd
+pureftpd.memory_scrub()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(100):
+    blocks = bytearray(pureftpd.BLOCK_SIZE), bytearray(pureftpd.BLOCK_SIZE)
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+""")), 4 * pureftpd.BLOCK_SIZE // 4096)
+
     def test_it_leaves_nothing_in_pieces_of_any_size(self):
         program = """
 import ctypes, random, pureftpd
