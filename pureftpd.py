@@ -15899,8 +15899,9 @@ def system_home(name: bytes) -> "bytes | None":
 
 REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from the eighth time on, newer ones from the second
 REHEARSAL_SECONDS = 5               # for a client's part
+# whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              *selectors.DefaultSelector.__mro__[:-1])              # and what it calls is not rehearsed
+              *selectors.DefaultSelector.__mro__[:-1])
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
 REHEARSAL_LOGIN = b"USER rehearsal\r\nPASS rehearsal\r\n"
