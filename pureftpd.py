@@ -169,11 +169,14 @@ def restart_lean(code: "Any") -> None:
         return
     called = os.path.basename(sys.argv[0])
     tool = word.isalpha() or called[:5] == "pure-" and called[:9] != "pure-ftpd"
-    if tool or any(given.startswith(TOOL_OPTIONS) for given in sys.argv):
-        os.execv(sys.executable, lean_command(code, sys.argv, sys.path))
-    os.environ["LD_BIND_NOW"] = "1"             # ld.so(8): functions are found now, in memory that all share; else by each child
-    room = LEAN_ROOM if sys.version_info >= (3, 12) else ""
-    os.execv(sys.executable, lean_command(without_tools(code), sys.argv, sys.path, room + LEAN_START))
+    try:
+        if tool or any(given.startswith(TOOL_OPTIONS) for given in sys.argv):
+            os.execv(sys.executable, lean_command(code, sys.argv, sys.path))
+        os.environ["LD_BIND_NOW"] = "1"         # ld.so(8): functions are found now, in memory that all share; else by each child
+        room = LEAN_ROOM if sys.version_info >= (3, 12) else ""
+        os.execv(sys.executable, lean_command(without_tools(code), sys.argv, sys.path, room + LEAN_START))
+    except OSError:                             # no memory file, or no interpreter, is to be had
+        os.environ.pop("LD_BIND_NOW", None)
 
 
 def lean_possible() -> bool:
@@ -1867,6 +1870,7 @@ def option_directives(row: "Option[Any]") -> "tuple[Directive, ...]":
 # -V, -P) have the items of both, those of the command line first; -d counts both. Errors name FILE:LINE.
 
 CONFIG_FILES_DEEP = 16                                  # Include in Include ..., the first file counted
+CONFIG_LINE_MAX = 4096                                  # characters
 Directives = dict[str, tuple[Option[Any], Directive]]       # by their names in lower case
 
 
@@ -1886,6 +1890,9 @@ def options_from_file(path: str) -> "list[ConfigArgument]":
 def config_arguments(path: str, directives: "Directives", deep: int) -> "Iterator[ConfigArgument]":
     """Yield the ConfigArguments of a file; `deep` files may be open at once from here on."""
     for number, line in enumerate(config_lines(path), 1):
+        if "\0" in line or len(line) > CONFIG_LINE_MAX:
+            raise ConfigError(f"{printable(os.fsencode(path))}:{number}: this is no configuration file: it is no text, or has a "
+                              f"line of over {CONFIG_LINE_MAX} characters")
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -1903,11 +1910,13 @@ def config_arguments(path: str, directives: "Directives", deep: int) -> "Iterato
             yield ConfigArgument(path, where, argument)
 
 
-def config_lines(path: str) -> "list[str]":
-    """The lines of the file; bytes that are no UTF-8 are kept as os.fsdecode keeps them."""
+def config_lines(path: str) -> "Iterator[str]":
+    """The lines of the file; bytes that are no UTF-8 are kept as os.fsdecode keeps them. What is longer than a line may be comes
+    in pieces.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            return file.readlines()
+            yield from iter(lambda: file.readline(CONFIG_LINE_MAX + 1), "")
     except OSError as error:
         raise ConfigError(f"{printable(os.fsencode(path))}: cannot read the configuration file: "
                           f"{error.strerror}") from None
@@ -23168,7 +23177,10 @@ def main(argv: "list[str]") -> int:
         return serve_forever(argv[1:], options)
     except (ConfigError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+    except MemoryError:
+        print(f"{PROGRAM}: there is too little memory: raise the limit of this process (ulimit -v) or of its container",
+              file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -2323,6 +2323,14 @@ class ConfigFile(unittest.TestCase):
         self.assertEqual(self.argv("\n   \n# x\n  # NoChmod yes\nNoChmod no\nNoChmod OFF\nNoChmod=false\nNoChmod 0\n"
                                    "PAMAuthentication no\n#"), [])
 
+    def test_what_is_no_configuration_file_is_not_read_to_its_end(self):
+        for text in (b"# well\nPDB2\0\0\4\b", b"#\n" + b"x" * 4097, b"#\n" + b"x" * 4096 + b"\n"):
+            self.assertEqual(self.refused(text), "c.conf:2: this is no configuration file: it is no text, or has a line of over "
+                                                 "4096 characters")
+        self.assertEqual(self.argv(b"NoChmod yes" + b" " * 4084 + b"\n#"), ["--nochmod"])
+        with self.assertRaises(ConfigError):
+            options_read(["/dev/zero"])                     # which has no end
+
     def test_line_ends_and_marks_of_windows(self):
         self.assertEqual(self.argv(b"\xef\xbb\xbfNoChmod yes\r\nTLS 1\r\n"), ["--nochmod", "--tls=1"])
 
@@ -22869,12 +22877,26 @@ class LeanStart(unittest.TestCase):
                             (["/bin/pure-pw", "-h"], False),
                             (["pureftpd.py", "--version", "-v"], False), (["pureftpd.py", "-S", "1", "--env"], False)):
             with self.subTest(words), mock.patch.object(sys, "argv", words), mock.patch.object(pureftpd, "__spec__", None), \
-                    mock.patch.object(os, "memfd_create", side_effect=OSError), \
+                    mock.patch.object(os, "memfd_create", side_effect=KeyError), \
                     mock.patch.object(pureftpd, "without_tools", side_effect=ZeroDivisionError), \
                     mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(os.environ):
                 os.environ.pop("PYTHONHOME", None)
-                with self.assertRaises(ZeroDivisionError if lean else OSError):
+                with self.assertRaises(ZeroDivisionError if lean else KeyError):
                     pureftpd.restart_lean(full)
+
+    @unittest.skipUnless(hasattr(os, "memfd_create"), "needs memory files")
+    def test_without_a_memory_file_or_an_interpreter_it_goes_on_as_it_is(self):
+        full = compile("class PwError: pass\ndef tool(): pass\ndef VariableUser(): pass\n", "pureftpd.py", "exec")
+        for name in ("memfd_create", "execv"):
+            for words in (["pureftpd.py"], ["pureftpd.py", "ftpwho"]):
+                with self.subTest(name, words=words), mock.patch.object(sys, "argv", words), \
+                        mock.patch.object(pureftpd, "__spec__", None), mock.patch.dict(os.environ), \
+                        mock.patch.object(os, name, side_effect=OSError) as tried, \
+                        mock.patch.object(sys, "path", list(sys.path)):
+                    os.environ.pop("PYTHONHOME", None)
+                    pureftpd.restart_lean(full)
+                    tried.assert_called_once()
+                    self.assertNotIn("LD_BIND_NOW", os.environ)
 
     def test_pw_as_a_module_is_not_started_again_but_takes_no_module_from_beside_the_file(self):
         with mock.patch.object(sys, "argv", ["/x/pureftpd.py", "pw"]), mock.patch.object(pureftpd, "__spec__", True), \
@@ -22925,7 +22947,7 @@ class LeanStart(unittest.TestCase):
 
 
 class ToolEnds(unittest.TestCase):
-    """How tools end that somebody ends, and whose output nobody takes."""
+    """How tools end that somebody ends, and whose output nobody takes; and a start without memory."""
 
     def ended(self, words, output):
         """(status, what is said) of main() in a child whose standard output is that descriptor."""
@@ -22946,6 +22968,12 @@ class ToolEnds(unittest.TestCase):
             status = os.WEXITSTATUS(os.waitpid(child, 0)[1])
             errors.seek(0)
             return status, errors.read().decode()
+
+    def test_a_start_without_memory_ends_in_one_line(self):
+        with mock.patch.object(pureftpd, "serve_forever", side_effect=MemoryError), tempfile.TemporaryFile() as output:
+            status, said = self.ended(["-S", "127.0.0.1,0"], output.fileno())
+        self.assertEqual((status, said), (1, "pure-ftpd: there is too little memory: raise the limit of this process "
+                                             "(ulimit -v) or of its container\n"))
 
     def test_nobody_reads_or_there_is_no_room(self):
         reader, writer = os.pipe()
