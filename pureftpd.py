@@ -65,7 +65,7 @@ The map, foundation first; no section uses what is below it:
     Upload pipe                                               uploads announced to uploadscript
     Hashes of files                                           what computes them, loaded before the fork
     Commands                                                  the table, and what both sides of the login answer
-    How a session waits                                       for data, and always for commands, PRIV and the clock
+    How processes wait                                        for many at once; a session for its data, and more besides
     Data connections                                          PASV, PORT, and who waits for a port
     Streams: the bytes of a data connection                   sendfile, splice, ASCII
     OpenSSL beyond the ssl module                             ticket keys, one more ticket, a session handed over, large pieces
@@ -223,7 +223,6 @@ IMPORTED = None if __name__ == "__main__" else sys._getframe().f_code      # of 
 import errno
 import os
 import select
-import selectors
 import signal
 import socket
 import stat
@@ -3704,7 +3703,7 @@ class Arrival:
         """`peer`: the proxy's; `implicit`: the client begins with TLS."""
         self.sock, self.peer, self.implicit = sock, peer, implicit
         self.data = b""                                     # what has come of it
-        self.awaited = False                                # SERVER's selector tells when more comes
+        self.awaited = False                                # SERVER is told when more comes
         self.patience = time.monotonic() + PROXY_SECONDS    # when it is too late
 
     def read(self) -> "ProxyHeader | None":
@@ -9401,9 +9400,10 @@ def failure_reply(row: Command, argument: bytes, error: OSError) -> "tuple[int, 
     code, why = os_error_reply(error)
     return code, row.failing % {b"name": argument, b"second": argument.partition(b" ")[2], b"why": why.encode()}
 
-# ==== How a session waits =========================================================================
-# Attention is how a session waits: always for its own matter and for the control connection (ABOR, STAT), PRIV (end
-# of the server) and the clock. Besides, only sending a reply blocks on a client, for SEND_SECONDS at most.
+# ==== How processes wait ==========================================================================
+# Poller is how PRIV and SERVER wait, for whoever comes first. Attention is how a session waits: always for its own matter and for
+# the control connection (ABOR, STAT), PRIV (end of the server) and the clock. Besides, only sending a reply blocks on a client,
+# for SEND_SECONDS at most.
 #
 # The end of the control connection ends what is under way, but for an upload: clients that do not wait for 226 (ffmpeg)
 # close both connections at once, and what they have sent is on its way or in our kernel. As long as it keeps coming
@@ -9415,6 +9415,7 @@ STOP_SECONDS = 10                   # grace for running transfers when the serve
 SEND_SECONDS = 60                   # a client that takes no reply for so long is gone
 ORPHAN_SECONDS = 10                 # between two pieces of an upload whose client has closed the control connection
 CONTROL_READ = 16384                # bytes asked from the control connection at a time
+EVENTS_AT_ONCE = 32                 # of all that wait for a Poller
 
 
 class Aborted(Exception):
@@ -9428,6 +9429,43 @@ class TimedOut(Exception):
 def poll_milliseconds(seconds: float) -> int:
     """For poll(2), which must not end before the time does."""
     return max(0, min(int(seconds * 1000 + 0.999), POLL_MAX))
+
+
+class Poller:
+    """Waits for many sockets, and calls who is concerned: by epoll(7), or poll(2) where there is none. `selectors` makes half a
+    dozen objects for each event.
+    """
+
+    def __init__(self) -> None:
+        self.epoll = hasattr(select, "epoll")
+        self.kernel: Any = select.epoll() if self.epoll else select.poll()
+        self.actions: "dict[int, Callable[[], object]]" = {}
+
+    def register(self, sock: Any, events: int, action: "Callable[..., object]", *args: Any) -> None:
+        """Do action(*args) whenever a socket is ready for POLLIN or POLLOUT, and perhaps when it is not."""
+        fd = sock.fileno()
+        self.kernel.register(fd, events)
+        self.actions[fd] = partial(action, *args)
+
+    def modify(self, sock: Any, events: int) -> None:
+        self.kernel.modify(sock.fileno(), events)
+
+    def unregister(self, sock: Any) -> None:
+        """Before it is closed."""
+        fd = sock.fileno()
+        self.kernel.unregister(fd)
+        del self.actions[fd]
+
+    def wait(self, seconds: "float | None") -> None:
+        """Till something has happened, or for so long; None: for ever."""
+        if self.epoll:
+            events = self.kernel.poll(seconds, EVENTS_AT_ONCE)
+        else:
+            events = self.kernel.poll(None if seconds is None else poll_milliseconds(seconds))
+        for fd, _ in events:
+            action = self.actions.get(fd)
+            if action is not None:                      # else it has been unregistered in this very round
+                action()
 
 
 class Attention:
@@ -13655,7 +13693,7 @@ class Listener(NamedTuple):
 class Reception(Door):
     """Who comes, and who goes."""
 
-    on_visitor: "Callable[[socket.socket], None]"       # a visitor has sent something, or takes what we could not send
+    on_visitor: "Callable[[Visitor], None]"             # a visitor has sent something, or takes what we could not send
     places: Places
     defender: Defender
     attempts: Attempts
@@ -13672,17 +13710,14 @@ class Reception(Door):
         self.running, self.full = True, False
         channel.setblocking(False)
         self.spare = os.dup(channel.fileno())               # given up for a moment when descriptors run out
-        self.selector = selectors.DefaultSelector()
+        self.poller = Poller()
         # tells when a visitor closes of whom nothing is read now; where there is none such visitors keep their places
         self.farewells = select.epoll() if hasattr(select, "epoll") else None
         if self.farewells is not None:
-            self.selector.register(self.farewells, selectors.EVENT_READ, self.on_farewell)
+            self.poller.register(self.farewells, select.POLLIN, self.on_farewell, self.farewells)
         for listener in listeners:
             listener.sock.setblocking(False)
-            self.selector.register(listener.sock, selectors.EVENT_READ, self.accepting(listener))
-
-    def accepting(self, listener: Listener) -> "Callable[[Any], None]":
-        return lambda _: self.on_accept(listener.sock, listener.implicit)
+            self.poller.register(listener.sock, select.POLLIN, self.on_accept, listener.sock, listener.implicit)
 
     def on_accept(self, listener: socket.socket, implicit: bool) -> None:
         for _ in range(ACCEPT_AT_ONCE):
@@ -13703,7 +13738,7 @@ class Reception(Door):
     def accept_no_more(self, listener: socket.socket, error: OSError) -> None:
         """A socket that would wake us again and again for nothing. Without any, PRIV learns that SERVER cannot run."""
         self.log.error("Cannot accept connections on a socket any more: %s" % error.strerror)
-        self.selector.unregister(listener)
+        self.poller.unregister(listener)
         self.listeners = [other for other in self.listeners if other.sock is not listener]
         self.running = bool(self.listeners)
 
@@ -13824,7 +13859,7 @@ class Reception(Door):
         self.visitors[fd] = visitor
         self.places.take(visitor.peer.address)
         self.places.add_stranger(visitor, visitor.peer.address)
-        self.set_events(visitor, selectors.EVENT_READ)
+        self.set_events(visitor, select.POLLIN)
 
     def forget(self, visitor: Visitor) -> None:
         """The visitor is no longer ours: it left, or it has a process of its own now."""
@@ -13883,7 +13918,7 @@ class Reception(Door):
         self.on_arrival(arrival.sock)
         if self.arrivals.get(fd) is arrival:
             arrival.awaited = True
-            self.selector.register(arrival.sock, selectors.EVENT_READ, self.on_arrival)
+            self.poller.register(arrival.sock, select.POLLIN, self.on_arrival, arrival.sock)
 
     def on_arrival(self, sock: socket.socket) -> None:
         """Some of a header has come."""
@@ -13908,7 +13943,7 @@ class Reception(Door):
     def leave_arrivals(self, arrival: Arrival) -> None:
         del self.arrivals[arrival.sock.fileno()]
         if arrival.awaited:
-            self.selector.unregister(arrival.sock)
+            self.poller.unregister(arrival.sock)
 
     def drop_arrival(self, arrival: Arrival, reason: str) -> None:
         """Close it; for no reason, in silence."""
@@ -13928,17 +13963,17 @@ class Reception(Door):
         if events == before:
             return
         if not events:
-            self.selector.unregister(visitor.sock)
+            self.poller.unregister(visitor.sock)
         elif before:
-            self.selector.modify(visitor.sock, events, self.on_visitor)
+            self.poller.modify(visitor.sock, events)
         else:
-            self.selector.register(visitor.sock, events, self.on_visitor)
+            self.poller.register(visitor.sock, events, self.on_visitor, visitor)
 
     def watch(self, visitor: Visitor) -> None:
         """Read what it says while it talks; otherwise notice only when it closes."""
         if visitor.state in (TALKING, HELLO):
             self.unwatch(visitor)
-            self.set_events(visitor, selectors.EVENT_WRITE if visitor.output else selectors.EVENT_READ)
+            self.set_events(visitor, select.POLLOUT if visitor.output else select.POLLIN)
         elif visitor.state == OVER:
             self.set_events(visitor, 0)
             self.unwatch(visitor)
@@ -13968,7 +14003,7 @@ class Reception(Door):
                 self.hang_up(visitor, Hangup())
 
 # ==== SERVER: everybody who has not logged in =====================================================
-# One process, one selectors loop for all visitors on all listening sockets: a visitor costs a socket and a small
+# One process, one loop for all visitors on all listening sockets: a visitor costs a socket and a small
 # object, however long they wait or however slowly they type. It is unprivileged for good, sits in an empty directory,
 # and never forks. What takes time happens elsewhere (passwords are checked by the login child that PRIV forks) or is
 # a timer here (delays of wrong logins).
@@ -13991,14 +14026,13 @@ class Server(Reception):
         self.consulted: "dict[int, Attempt]" = {}           # by PRIV's number: attempts of TLS clients
         self.draining = False
         self.next_complaint = 0.0                           # see not_sent()
-        self.selector.register(channel, selectors.EVENT_READ, self.on_channel)
+        self.poller.register(channel, select.POLLIN, self.on_channel, channel)
 
     def run(self) -> None:
         """Serve until PRIV says STOP or is gone, or (draining) until nobody is left."""
         while self.running and not self.deserted():
             now = time.monotonic()
-            for key, _ in self.selector.select(self.pause(now, self.eldest())):
-                key.data(key.fileobj)
+            self.poller.wait(self.pause(now, self.eldest()))
             now = time.monotonic()
             self.run_timers(now)
             self.expire(now)
@@ -14036,11 +14070,9 @@ class Server(Reception):
             visitor.log.error("bug: " + traceback_text())
             self.hang_up(visitor, Hangup(421, "Something went wrong here, sorry"))
 
-    def on_visitor(self, sock: socket.socket) -> None:
+    def on_visitor(self, visitor: Visitor) -> None:
         """A visitor has sent something, or takes what we could not send."""
-        visitor = self.visitors.get(sock.fileno())
-        if visitor is not None:
-            self.attend(visitor, self.hear, visitor)
+        self.attend(visitor, self.hear, visitor)
 
     def hear(self, visitor: Visitor) -> None:
         if visitor.state == HELLO:
@@ -14068,7 +14100,7 @@ class Server(Reception):
             raise Hangup() from None
         visitor.taken(count)
         if visitor.state == TALKING:
-            self.set_events(visitor, selectors.EVENT_WRITE if visitor.output else selectors.EVENT_READ)
+            self.set_events(visitor, select.POLLOUT if visitor.output else select.POLLIN)
 
     # -- logins --------------------------------------------------------------------------------------
 
@@ -14251,7 +14283,7 @@ class Server(Reception):
         """Another SERVER has taken over the listening sockets: stay for those who are here."""
         self.draining = True
         for listener in self.listeners:
-            self.selector.unregister(listener.sock)
+            self.poller.unregister(listener.sock)
             listener.sock.close()
         self.listeners = []
 
@@ -15910,7 +15942,7 @@ REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from 
 REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              *selectors.DefaultSelector.__mro__[:-1])
+              Poller)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
 REHEARSAL_LOGIN = b"USER rehearsal\r\nPASS rehearsal\r\n"
@@ -16087,7 +16119,7 @@ class Parent:
         self.log_due = 0.0                                      # when a log file is looked at again (monotonic)
         self.counted = dict.fromkeys(COUNTED, 0)
         self.counted["start"] = int(time.time())
-        self.selector = selectors.DefaultSelector()
+        self.poller = Poller()
 
     def fork(self, state: str, function: "Callable[[socket.socket], None]", **known: Any) -> Child:
         """A child that runs `function(its channel)` and ends; OSError when there can be none.
@@ -16108,7 +16140,7 @@ class Parent:
         ours.setblocking(False)
         child = Child(pid=pid, state=state, channel=ours, **known)
         self.children[pid] = child
-        self.selector.register(ours, selectors.EVENT_READ, lambda _: self.on_message(child))
+        self.poller.register(ours, select.POLLIN, self.on_message, child)
         return child
 
     def in_child(self, state: str, function: "Callable[[socket.socket], None]", channel: socket.socket) -> None:
@@ -16558,7 +16590,7 @@ class ToolKeeper(LoginKeeper):
             _, uid, _ = struct.unpack("3i", tool.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):     # it would stay there, and wake us, for ever
-                self.selector.unregister(control)
+                self.poller.unregister(control)
                 self.control_due = time.monotonic() + CONTROL_REST_SECONDS
                 self.setup.log.error("no tools (ftpwho --kick) for %g seconds: %s" % (CONTROL_REST_SECONDS, error.strerror))
             return
@@ -16568,11 +16600,11 @@ class ToolKeeper(LoginKeeper):
         if len(self.tools) >= CONTROL_MOST:
             self.end_tool(self.tools[0])
         self.tools.append(tool)
-        self.selector.register(tool, selectors.EVENT_READ, self.on_tool)
+        self.poller.register(tool, select.POLLIN, self.on_tool, tool)
 
     def end_tool(self, tool: socket.socket) -> None:
         self.tools.remove(tool)
-        self.selector.unregister(tool)
+        self.poller.unregister(tool)
         tool.close()
 
     def on_tool(self, tool: socket.socket) -> None:
@@ -16636,7 +16668,7 @@ class ToolKeeper(LoginKeeper):
     def tools_on_time(self, now: float) -> None:
         if self.control is not None and self.control_due is not None and now >= self.control_due:
             self.control_due = None
-            self.selector.register(self.control, selectors.EVENT_READ, self.on_control)
+            self.poller.register(self.control, select.POLLIN, self.on_control, self.control)
 
     def kicked_on_time(self, now: float) -> None:
         for pid in [pid for pid, until in self.kicked.items() if now >= until]:
@@ -16682,12 +16714,13 @@ class Monitor(ToolKeeper):
         self.start_server()
         privsep_unpriv_user(self.setup.privileges)
         if self.control is not None:
-            self.selector.register(self.control, selectors.EVENT_READ, self.on_control)
+            self.poller.register(self.control, select.POLLIN, self.on_control, self.control)
         notify_systemd("READY=1")
         while self.children or self.restart_at is not None:
-            for key, _ in self.selector.select(self.pause()):
-                key.data(key.fileobj)
-            self.on_time(time.monotonic())
+            pause = self.pause()
+            self.poller.wait(pause)
+            if pause is not None:
+                self.on_time(time.monotonic())
 
     def pause(self) -> "float | None":
         due = [*filter(None, (self.restart_at, self.stop_at, self.control_due)), *self.checking.values(), *self.kicked.values()]
@@ -16733,7 +16766,7 @@ class Monitor(ToolKeeper):
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, on_termination)       # in PRIV there is nothing to do but to read the byte
-        self.selector.register(self.wake, selectors.EVENT_READ, self.on_signal)
+        self.poller.register(self.wake, select.POLLIN, self.on_signal, self.wake)
 
     def on_signal(self, wake: socket.socket) -> None:
         numbers = set(wake.recv(4096))
@@ -16880,7 +16913,7 @@ class Monitor(ToolKeeper):
         if self.wishes:
             self.wish_ends(child)
         if child.channel.fileno() >= 0:
-            self.selector.unregister(child.channel)
+            self.poller.unregister(child.channel)
             child.channel.close()
 
     # -- messages ------------------------------------------------------------------------------------

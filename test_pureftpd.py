@@ -86,7 +86,6 @@ import random
 import re
 import resource
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -12758,6 +12757,70 @@ class Links(Exam):
         self.assertEqual((client.code("DELE x"), client.code("DELE y"), held()), (250, 250, [b"1", b"100"]))
 
 
+class Pollers(unittest.TestCase):
+    """By epoll(7), where there is one, and by poll(2)."""
+
+    def pollers(self):
+        with mock.patch.object(pureftpd, "select", types.SimpleNamespace(poll=select.poll)):
+            yield pureftpd.Poller()
+        if hasattr(select, "epoll"):
+            poller = pureftpd.Poller()
+            yield poller
+            poller.kernel.close()
+
+    def pair(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        return ours, theirs
+
+    def test_who_is_concerned_is_called(self):
+        for poller in self.pollers():
+            called, (ours, theirs) = [], self.pair()
+            poller.register(ours, select.POLLIN, called.append, "in")
+            poller.wait(0)
+            theirs.send(b"x")
+            poller.wait(None)
+            poller.modify(ours, select.POLLIN | select.POLLOUT)
+            poller.wait(10)
+            self.assertEqual(called, ["in", "in"], poller.epoll)
+            poller.unregister(ours)
+            poller.wait(0.001)
+            self.assertEqual((called, poller.actions), (["in", "in"], {}))
+
+    def test_it_waits_no_shorter_than_that(self):
+        for poller in self.pollers():
+            begun = time.monotonic()
+            poller.wait(0.0123)
+            self.assertGreaterEqual(time.monotonic() - begun, 0.0123)
+
+    def test_who_has_gone_in_this_round_is_not_called(self):
+        for poller in self.pollers():
+            called, pairs = [], [self.pair() for _ in range(3)]
+
+            def once(number, poller=poller, called=called, pairs=pairs):
+                called.append(number)
+                for ours, _ in pairs:
+                    poller.unregister(ours)
+            for number, (ours, theirs) in enumerate(pairs):
+                poller.register(ours, select.POLLIN, once, number)
+                theirs.send(b"x")
+            poller.wait(0)
+            self.assertEqual(len(called), 1)
+
+    def test_nobody_is_forgotten_however_many_are_ready(self):
+        for poller in self.pollers():
+            called, pairs = set(), [self.pair() for _ in range(pureftpd.EVENTS_AT_ONCE + 1)]
+            for number, (ours, theirs) in enumerate(pairs):
+                poller.register(ours, select.POLLIN, called.add, number)
+                theirs.send(b"x")
+            poller.wait(0)
+            poller.wait(0)
+            self.assertEqual(len(called), len(pairs))
+            for ours, _ in pairs:
+                poller.unregister(ours)
+
+
 class FileStreams(unittest.TestCase):
     """What a copy reads, without a session."""
 
@@ -17113,6 +17176,15 @@ pureftpd.enter = enter""")
         self.assertEqual(client.reply()[0], 421)
         self.assertIsNone(self.turned_away(server))
 
+    def test_a_system_without_epoll(self):
+        server = self.live(patches="del pureftpd.select.epoll")
+        late = self.visit(server)
+        client = self.enter(server)
+        self.assertEqual((client.code("PWD"), late.code("USER bob"), late.code("PASS wrong"), client.code("QUIT")),
+                         (257, 331, 530, 221))
+        late.close()
+        until(lambda: list(server.titles()) == [server.server()], server)
+
     def test_forty_resets_leave_nothing(self):
         first, last = self.free_range(30)
         server = self.live("-p", "%d:%d" % (first, last))
@@ -17580,7 +17652,7 @@ class ProcessMessages(unittest.TestCase):
         self.monitor = pureftpd.Monitor(pureftpd.Setup(**fields), [], [])
         self.monitor.fork = self.no_fork
         self.addCleanup(self.check_nothing_is_left)
-        self.addCleanup(self.monitor.selector.close)
+        self.addCleanup(self.monitor.poller.kernel.close)
 
     def check_nothing_is_left(self):
         self.assertEqual(len(os.listdir("/proc/self/fd")), self.before, proc_fds(os.getpid()))
@@ -17598,7 +17670,7 @@ class ProcessMessages(unittest.TestCase):
         theirs.setblocking(False)
         child = pureftpd.Child(1 << 22, state, ours, 7, peer)
         self.monitor.children[id(child)] = child
-        self.monitor.selector.register(ours, selectors.EVENT_READ, None)
+        self.monitor.poller.register(ours, select.POLLIN, self.monitor.on_message, child)
         return child, theirs
 
     STATES = ("SERVER", "TLS", "LOGIN", "SESSION")
@@ -17915,7 +17987,7 @@ class ProcessMessages(unittest.TestCase):
         for sock in (ours, theirs):
             self.addCleanup(sock.close)
         self.addCleanup(server.farewells.close)
-        self.addCleanup(server.selector.close)
+        self.addCleanup(server.poller.kernel.close)
         self.addCleanup(os.close, server.spare)
         server.places.take("2001:db8:0:1:ffff::2")
         server.places.take("192.0.2.2")
@@ -17933,7 +18005,7 @@ class ProcessMessages(unittest.TestCase):
             server.on_channel(ours)
             for sock in (theirs, ours):
                 sock.close()
-            server.selector.close()
+            server.poller.kernel.close()
             if server.farewells is not None:
                 server.farewells.close()
             os.close(server.spare)
