@@ -16131,7 +16131,7 @@ class Parent:
         self.renew_log()
         ours, theirs = channel_pair()
         try:
-            pid = process_begin(lambda: self.in_child(state, function, theirs))
+            pid = process_begin(partial(self.in_child, state, function, theirs))
         except OSError:
             ours.close()
             raise
@@ -16469,7 +16469,7 @@ class LoginKeeper(PortKeeper):
             begun = False
             try:
                 if asker.channel.fileno() >= 0 and asker.tls is login.tls:      # or it is in already
-                    child = self.fork(STATE_LOGIN, self.check_by(login),
+                    child = self.fork(STATE_LOGIN, partial(self.check_in_child, login),
                                       number=login.number, peer=login.peer, asker=asker, altlog=self.setup.options.altlog)
                     child.consultation, child.quick, begun = login.consultation, login.quick, True
                     child.marks, child.permitted = login.marks, login.permitted
@@ -16498,11 +16498,9 @@ class LoginKeeper(PortKeeper):
                 and child.asker is not self.server:
             self.tell(self.server, joined_message(child.number, child.peer.address))
 
-    def check_by(self, login: Login) -> "Callable[[socket.socket], None]":
-        def run(channel: socket.socket) -> None:
-            self.forget_secrets(login.tls)
-            login_child(self.setup, login._replace(first=time.monotonic() >= self.refused_due), channel)
-        return run
+    def check_in_child(self, login: Login, channel: socket.socket) -> None:
+        self.forget_secrets(login.tls)
+        login_child(self.setup, login._replace(first=time.monotonic() >= self.refused_due), channel)
 
     def check_done(self, child: Child) -> None:
         if self.checking.pop(child.pid, None) is not None:
@@ -16983,14 +16981,14 @@ class Monitor(ToolKeeper):
         with as_root(self.setup.privileges):
             tls = self.setup.certificates.of_client(negotiated.sni)
         try:
-            self.introduce(self.fork(STATE_TLS, lambda channel: self.tls_child(channel, client, tls, negotiated, peer, age),
+            self.introduce(self.fork(STATE_TLS, partial(self.tls_child, client, tls, negotiated, peer, age),
                                      number=number, peer=peer, asker=asker, tls=tls))
         except OSError:
             wipe(tls.ticket_keys)
             raise
 
-    def tls_child(self, channel: socket.socket, client: int, tls: ClientTls, negotiated: Negotiated, peer: Peer,
-                  age: float) -> None:
+    def tls_child(self, client: int, tls: ClientTls, negotiated: Negotiated, peer: Peer, age: float,
+                  channel: socket.socket) -> None:
         self.forget_secrets(tls)
         setup = self.setup
         close_others([channel.fileno(), client] + setup.log.sink.descriptors())
