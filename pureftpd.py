@@ -10339,7 +10339,9 @@ class FileStream(Stream):
 # ==== OpenSSL beyond the ssl module ===============================================================
 # Four things that Python does not wrap, called through ctypes in the OpenSSL that its ssl module has loaded: the keys of
 # session tickets, one more ticket for a client that is connected, a session that goes over into another process, and
-# records that gather in memory, so that a large file goes out in few and large pieces.
+# records that gather in memory, so that a large file goes out in few and large pieces. And tls_begin(), for a TLS process,
+# which does without the SSLSocket that Python would have between a socket and OpenSSL.
+#
 # CPython keeps OpenSSL's pointers behind the heads of its objects. Whether they are where we look is tried in a child,
 # which would be the one to crash; where it fails there is no LibSSL, and everybody does without.
 
@@ -10351,7 +10353,7 @@ SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS = 58, 59
 
 
 class LibSSL:
-    """Functions of libssl. `context` is an SSLContext, `sock` an SSLSocket or SSLObject."""
+    """Functions of libssl. `context` is an SSLContext, `tls` what tls_begin() gives: an SSLSocket's or SSLObject's `_sslobj`."""
 
     def __init__(self) -> None:
         """Raises ImportError, OSError, AttributeError where ctypes or a function is missing."""
@@ -10385,9 +10387,9 @@ class LibSSL:
         """The SSL_CTX *."""
         return self.ctypes.c_void_p.from_address(id(context) + object.__basicsize__)
 
-    def of_connection(self, sock: Any) -> Any:
+    def of_connection(self, tls: Any) -> Any:
         """The SSL *."""
-        return self.ctypes.c_void_p.from_address(id(sock._sslobj) + object.__basicsize__ + struct.calcsize("P"))
+        return self.ctypes.c_void_p.from_address(id(tls) + object.__basicsize__ + struct.calcsize("P"))
 
     def ticket_keys_set(self, context: Any, keys: bytes) -> None:
         """SSL_CTX_set_tlsext_ticket_keys(3). Raises OSError."""
@@ -10399,19 +10401,19 @@ class LibSSL:
         self.library.SSL_CTX_ctrl(self.of_context(context), SSL_CTRL_GET_TLSEXT_TICKET_KEYS, TICKET_KEYS, area)
         return area.raw
 
-    def ticket_promise(self, sock: Any) -> None:
+    def ticket_promise(self, tls: Any) -> None:
         """Send the client one more ticket (TLS 1.3), before whatever is sent next: SSL_new_session_ticket(3)."""
         if self.new_ticket is not None:
-            self.new_ticket(self.of_connection(sock))
+            self.new_ticket(self.of_connection(tls))
 
-    def close_notify(self, sock: Any) -> None:
+    def close_notify(self, tls: Any) -> None:
         """Send it, and read nothing: SSL_shutdown(3), which Python calls twice."""
-        self.library.SSL_shutdown(self.of_connection(sock))
+        self.library.SSL_shutdown(self.of_connection(tls))
         self.library.ERR_clear_error()
 
-    def session_export(self, sock: Any) -> bytes:
+    def session_export(self, tls: Any) -> bytes:
         """The session of a connection (i2d_SSL_SESSION(3)); b"" for one of no use elsewhere."""
-        session = self.library.SSL_get_session(self.of_connection(sock))
+        session = self.library.SSL_get_session(self.of_connection(tls))
         length = self.library.i2d_SSL_SESSION(session, None) if session else 0
         if not 0 < length <= SESSION_MAX:
             return b""
@@ -10442,10 +10444,10 @@ class Outbox:
     What has not been sent at close() is lost.
     """
 
-    def __init__(self, libssl: LibSSL, sock: Any, size: int) -> None:
-        """With room for `size` bytes: when it is full, writing to `sock` raises SSLWantWriteError. Raises MemoryError."""
+    def __init__(self, libssl: LibSSL, tls: Any, size: int) -> None:
+        """With room for `size` bytes: when it is full, writing to `tls` raises SSLWantWriteError. Raises MemoryError."""
         self.ctypes, self.library = libssl.ctypes, libssl.library
-        self.connection = libssl.of_connection(sock).value
+        self.connection = libssl.of_connection(tls).value
         inlet, self.outlet, self.start = (self.ctypes.c_void_p() for _ in range(3))
         if self.library.BIO_new_bio_pair(self.ctypes.byref(inlet), size, self.ctypes.byref(self.outlet), 1) != 1:
             raise MemoryError()
@@ -10483,6 +10485,13 @@ class ClientTls(NamedTuple):
             wipe(self.ticket_keys)
 
 
+def tls_begin(context: Any, sock: socket.socket) -> Any:
+    """The server's side of TLS on `sock`, which stays what it is, and whose timeout counts: with do_handshake(), read(), write(),
+    shutdown() and more. It is what an SSLSocket has as its `_sslobj`, made as all Pythons from 3.9 on make it.
+    """
+    return context._wrap_socket(sock, True)
+
+
 def libssl_load() -> "LibSSL | None":
     """LibSSL, if it works here."""
     try:
@@ -10501,9 +10510,9 @@ def libssl_works(libssl: LibSSL) -> bool:
     context, keys = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), os.urandom(TICKET_KEYS)
     libssl.ticket_keys_set(context, keys)
     received = ssl.MemoryBIO()
-    connection = context.wrap_bio(received, ssl.MemoryBIO(), server_side=True)
-    found = libssl.library.SSL_get_SSL_CTX(libssl.of_connection(connection))
-    outbox = Outbox(libssl, connection, 100)
+    connection: Any = context.wrap_bio(received, ssl.MemoryBIO(), server_side=True)
+    found = libssl.library.SSL_get_SSL_CTX(libssl.of_connection(connection._sslobj))
+    outbox = Outbox(libssl, connection._sslobj, 100)
     received.write(b"\x16\3\1\0\4" b"\1\0\0\0")            # a ClientHello of no bytes, which is answered by an alert
     try:
         connection.do_handshake()
@@ -10748,7 +10757,7 @@ class TlsStream(Stream):
         if end - offset <= TLS_CHUNK or self.libssl is None:
             self.send_through(memoryview(bytearray(TLS_CHUNK)), fd, offset, end)
             return
-        self.outbox = Outbox(self.libssl, self.sock, TLS_GATHERED + TLS_GATHERED // 64)     # heads and tags: 1 in 500
+        self.outbox = Outbox(self.libssl, self.sock._sslobj, TLS_GATHERED + TLS_GATHERED // 64)     # heads, tags: 1 in 500
         try:
             self.send_through(memoryview(bytearray(TLS_GATHERED)), fd, offset, end)
         finally:
@@ -14645,10 +14654,10 @@ def openssl(*command: str, data: bytes = b"") -> bytes:
 # begun, which took a ticket; RELAY_CLEAR, this reply is the last one under TLS (CCC, RFC 4217 section 12.3).
 
 RELAY_READ = 65536                  # bytes
+RELAY_BESIDE = socket.CMSG_SPACE(RELAY_CLEAR * struct.calcsize("i"))
 TLS_RECORDS = b"\x14", b"\x15", b"\x16", b"\x17"         # how they begin, and no FTP command does
 POLL_END = getattr(select, "POLLRDHUP", 0)      # the client's end; where that is unknown only a reset is noticed
 ALARM_SECONDS = 5                   # after the time to log in
-READS_AT_ONCE = 16                  # of one client, before others are heard: its session, PRIV, the clock
 
 
 class TlsDoor(Door):
@@ -14659,26 +14668,24 @@ class TlsDoor(Door):
         """`age`: seconds since the client came."""
         import ssl
         super().__init__(options, log, 0)
-        self.ssl, self.channel, self.greeting = ssl, channel, greeting
+        self.ssl, self.sock, self.channel, self.greeting = ssl, sock, channel, greeting
         self.libssl, context = tls.libssl, tls.context
-        sock.setblocking(False)
         channel.setblocking(False)
         context.sni_callback = self.on_name
-        self.sock: Any = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
-        self.encrypted = True
-        self.visitor = Visitor(door=self, sock=self.sock, peer=peer._replace(encrypted=True), log=log, negotiated=negotiated,
+        self.tls: Any = tls_begin(context, sock)            # None: in the clear, after CCC
+        self.read: "Callable[[int], bytes]" = self.tls.read
+        self.write: "Callable[[bytes], int]" = self.tls.write
+        self.visitor = Visitor(door=self, sock=sock, peer=peer._replace(encrypted=True), log=log, negotiated=negotiated,
                                since=time.monotonic() - age)
         self.poller = select.poll()
-        self.poller.register(self.sock, select.POLLIN)
+        self.poller.register(sock, select.POLLIN)
         self.poller.register(channel, select.POLLIN)
         self.relay: "socket.socket | None" = None           # our end of what becomes the session's control connection
         self.admitted = False
         self.ticket_giver: "LibSSL | None" = None           # of one more ticket after each transfer
-        self.unsent = b""                                   # what the session does not take now
-        # after CCC: OpenSSL's object, while it is not known whether the client answers close_notify; whether that has begun
+        # after CCC: what `tls` was, while it is not known whether the client answers close_notify; whether that has begun
         self.unanswered: Any = None
         self.answering = False
-        self.more = False                                   # OpenSSL may hold more of what the client has sent
 
     def run(self) -> None:
         self.hurry()
@@ -14700,33 +14707,19 @@ class TlsDoor(Door):
 
     # -- OpenSSL -------------------------------------------------------------------------------------
 
-    def patiently(self, action: "Callable[..., Any]", *args: Any, seconds: float) -> Any:
-        """action(*args), again whenever OpenSSL has to read or write first. Raises Hangup when that takes too long."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return action(*args)
-            except self.ssl.SSLWantReadError:
-                self.wait_for(select.POLLIN, deadline)
-            except self.ssl.SSLWantWriteError:
-                self.wait_for(select.POLLOUT, deadline)
-
-    def wait_for(self, events: int, deadline: float) -> None:
-        left = deadline - time.monotonic()
-        poller = select.poll()
-        poller.register(self.sock, events)
-        if left <= 0 or not poller.poll(left * 1000):
-            raise Hangup()
-
     def handshake(self) -> None:
+        self.sock.settimeout(max(0.001, min(HANDSHAKE_SECONDS, self.visitor.patience - time.monotonic())))
         try:
-            self.patiently(self.sock.do_handshake, seconds=min(HANDSHAKE_SECONDS, self.visitor.patience - time.monotonic()))
+            self.tls.do_handshake()
+        except socket.timeout:
+            raise Hangup() from None
         except (OSError, ValueError) as error:
             self.log.warning("TLS handshake failed: " + tls_reason(error))
             raise Hangup() from None
-        cipher, _, bits = self.sock.cipher() or ("?", "", 0)
-        self.visitor.negotiated.tls = self.sock.version() or ""
-        self.log.info("TLS: Enabled %s with %s, %d secret bits cipher" % (self.sock.version(), cipher, bits))
+        self.sock.setblocking(False)
+        cipher, _, bits = self.tls.cipher() or ("?", "", 0)
+        version = self.visitor.negotiated.tls = self.tls.version() or ""
+        self.log.info("TLS: Enabled %s with %s, %d secret bits cipher" % (version, cipher, bits))
 
     def on_name(self, _: Any, name: "str | None", __: Any) -> None:
         """The host name that the client asks for in its handshake, for back ends that want to know it."""
@@ -14734,12 +14727,15 @@ class TlsDoor(Door):
         if wanted and len(wanted) <= SNI_MAX and NAME_IN_CERTIFICATES.issuperset(wanted):
             self.visitor.negotiated.sni = wanted
 
-    def receive(self, most: int) -> "bytes | None":
-        """What the client has sent; None for nothing yet. Raises Hangup at its end."""
+    def receive(self) -> "bytes | None":
+        """What the client has sent, a record at most; None for nothing yet. Raises Hangup at its end.
+
+        A record is taken as a whole, and OpenSSL reads no further: so the kernel tells of all that has come.
+        """
         try:
             if self.unanswered is not None:
                 self.take_close_notify()
-            data: bytes = self.sock.recv(most)
+            data = self.read(RECORD)
         except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError, BlockingIOError):
             return None
         except OSError:
@@ -14750,23 +14746,33 @@ class TlsDoor(Door):
 
     def send(self, data: bytes) -> None:
         """Send all of it. Raises Hangup when the client does not take it."""
-        view = memoryview(data)
         try:
-            while view:
-                view = view[self.patiently(self.sock.send, view, seconds=SEND_SECONDS):]
-        except BlockingIOError:                             # in the clear, after CCC
-            self.wait_for(select.POLLOUT, time.monotonic() + SEND_SECONDS)
-            self.send(bytes(view))
+            data = data[self.write(data):]
+        except (self.ssl.SSLWantReadError, self.ssl.SSLWantWriteError, BlockingIOError):
+            pass
         except OSError:
             raise Hangup() from None
+        if data:
+            self.send_patiently(data)
+
+    def send_patiently(self, data: bytes) -> None:
+        self.sock.settimeout(SEND_SECONDS)
+        try:
+            while data:
+                data = data[self.write(data):]
+        except OSError:
+            raise Hangup() from None
+        finally:
+            self.sock.setblocking(False)
 
     def goodbye(self, end: Hangup) -> None:
         """Say what there is to say, then close_notify, and wait a little for the client's."""
         try:
             if end.args:
                 self.send(reply_bytes(*end.args))
-            if self.encrypted:
-                self.patiently(self.sock.unwrap, seconds=GOODBYE_SECONDS)
+            if self.tls is not None:
+                self.sock.settimeout(GOODBYE_SECONDS)
+                self.tls.shutdown()
         except (Hangup, OSError, ValueError):
             pass                                            # it is gone already
         self.sock.close()
@@ -14783,7 +14789,6 @@ class TlsDoor(Door):
         self.poller.modify(self.sock, select.POLLIN if talking else POLL_END)
         if talking:
             self.hurry()
-            self.more = True
         else:
             signal.alarm(0)                                 # nothing is read now, and a check ends by itself
 
@@ -14807,42 +14812,35 @@ class TlsDoor(Door):
 
     def hand_session_over(self, relay: socket.socket) -> None:
         """Tell the user's process, before all else, of the session that clients without tickets resume by its id."""
-        data = self.libssl.session_export(self.sock) if self.libssl and self.sock.version() != "TLSv1.3" else b""
+        data = self.libssl.session_export(self.tls) if self.libssl and self.tls.version() != "TLSv1.3" else b""
         relay.send(HANDOVER.pack(len(data)) + data)
 
     # -- before the login ----------------------------------------------------------------------------
 
     def round(self) -> None:
         """Wait for something and do what it asks for."""
-        visitor, now = self.visitor, time.monotonic()
-        heard = self.more and visitor.state == TALKING
-        pause = self.pause(now, None if visitor.state == CHECKING else visitor)
-        for fd, _ in self.poller.poll(0 if heard else None if pause is None else pause * 1000 + 1):
+        visitor, pause = self.visitor, None
+        if visitor.state != CHECKING:                       # which ends by itself
+            now = time.monotonic()
+            self.run_timers(now)
+            left = visitor.patience - now
+            if left <= 0 and visitor.state != CHECKING:
+                raise Hangup(*LATE_LINE)
+            pause = 1000 * (min(left, self.timers[0][0] - now) if self.timers else left) + 1
+        for fd, _ in self.poller.poll(pause):
             if fd == self.channel.fileno():
                 self.on_channel()
             elif visitor.state == TALKING:
-                heard = True
+                self.listen()
             else:
                 raise Hangup()                              # it has gone, whatever becomes of its login
-        now = time.monotonic()
-        self.run_timers(now)
-        if heard and visitor.state == TALKING:
-            self.listen()
-        if now >= visitor.patience and visitor.state != CHECKING:
-            raise Hangup(*LATE_LINE)
 
     def listen(self) -> None:
-        """Run what the client has sent: what OpenSSL holds of it, too, which the kernel does not tell of."""
-        self.more = False
-        for _ in range(READS_AT_ONCE):
-            data = self.receive(VISITOR_READ)
-            if data is None:
-                return
+        """Run what the client has sent."""
+        data = self.receive()
+        if data is not None:
             self.visitor.input.feed(data)
             self.visitor.run_lines()
-            if self.visitor.state != TALKING:
-                return
-        self.more = True
 
     def on_channel(self) -> None:
         """The verdict on a login, or the server's end."""
@@ -14882,63 +14880,65 @@ class TlsDoor(Door):
         assert self.relay is not None
         relay = self.relay
         relay.setblocking(False)
-        if self.options.tlssessionreuse != "off" and self.sock.version() == "TLSv1.3":
+        if self.options.tlssessionreuse != "off" and self.tls.version() == "TLSv1.3":
             self.ticket_giver = self.libssl
         process_title("pure-ftpd (TLS relay)")
-        self.poller = select.poll()
+        self.poller.unregister(self.channel)
         self.poller.register(relay, select.POLLIN)
-        # OpenSSL may have more of a record that began before the login
-        self.from_client(relay)
+        self.poller.modify(self.sock, select.POLLIN)
+        self.to_session(relay, self.visitor.input.pending()[PENDING_MAX:])      # for which the LOGIN had no room
         while True:
-            for fd, events in self.poller.poll():
-                if fd != relay.fileno() or events == select.POLLOUT:
-                    self.from_client(relay)
-                else:
+            for fd, _ in self.poller.poll():
+                if fd == relay.fileno():
                     self.from_session(relay)
+                else:
+                    self.from_client(relay)
 
     def from_client(self, relay: socket.socket) -> None:
-        """Pass on what the client says. While the session does not take it, the client has to wait; the session's replies
-        do not.
-        """
+        """Pass on what the client says, or that it has ended: the session finds out, and may have more to say."""
         try:
-            for _ in range(READS_AT_ONCE):
-                self.unsent = self.unsent or self.receive(RELAY_READ) or b""
-                if not self.unsent:
-                    self.poller.register(relay, select.POLLIN)
-                    self.poller.register(self.sock, select.POLLIN)
-                    return
-                self.unsent = self.unsent[relay.send(self.unsent):]
-            raise BlockingIOError                           # its replies are due
-        except BlockingIOError:
-            self.poller.register(relay, select.POLLIN | select.POLLOUT)
-            self.listen_no_more()
-        except (Hangup, OSError):                           # the session finds out, and may have more to say
-            self.poller.register(relay, select.POLLIN)
-            self.listen_no_more()
+            data = self.receive()
+        except Hangup:
+            self.poller.unregister(self.sock)
             try:
                 relay.shutdown(socket.SHUT_WR)
             except OSError:
-                pass
+                pass                                        # it has ended, too
+            return
+        if data:
+            self.to_session(relay, data)
 
-    def listen_no_more(self) -> None:
-        try:
-            self.poller.unregister(self.sock)
-        except KeyError:
-            pass                                            # we do not listen to it
+    def to_session(self, relay: socket.socket, data: bytes) -> None:
+        """While the session does not take what the client says, the client has to wait; the session's replies do not."""
+        while data:
+            try:
+                data = data[relay.send(data):]
+            except BlockingIOError:
+                poller = select.poll()
+                poller.register(relay, select.POLLIN | select.POLLOUT)
+                if poller.poll()[0][1] != select.POLLOUT:
+                    self.from_session(relay)
+            except OSError:
+                return                                      # it has ended, which from_session() hears, too
 
     def from_session(self, relay: socket.socket) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(relay, RELAY_READ, RELAY_CLEAR)
+            data, beside, _, _ = relay.recvmsg(RELAY_READ, RELAY_BESIDE)
+        except BlockingIOError:                             # to_session() was here before
+            return
         except OSError:                                     # it died with something unread
             raise Hangup() from None
-        for fd in fds:
-            os.close(fd)
+        sign = 0
+        for _, _, fds in beside:
+            sign = len(fds) // struct.calcsize("i")
+            for fd in struct.unpack("%di" % sign, fds):
+                os.close(fd)
         if not data:
             raise Hangup()
-        if len(fds) == RELAY_TICKET and self.ticket_giver is not None:
-            self.ticket_giver.ticket_promise(self.sock)
+        if sign == RELAY_TICKET and self.ticket_giver is not None:
+            self.ticket_giver.ticket_promise(self.tls)
         self.send(data)
-        if len(fds) == RELAY_CLEAR:
+        if sign == RELAY_CLEAR:
             self.clear_command_channel()
 
     def clear_command_channel(self) -> None:
@@ -14948,16 +14948,19 @@ class TlsDoor(Door):
         OpenSSL must not look for the answer now: it would take the client's next command for it, and away (measured: curl
         lost 22 of 80 sessions).
         """
-        self.encrypted, self.ticket_giver = False, None
+        self.unanswered = self.tls
         try:
             if self.libssl is not None:
-                self.libssl.close_notify(self.sock)
-                raise self.ssl.SSLWantReadError
-            self.sock.unwrap()
+                self.libssl.close_notify(self.tls)
+            else:
+                self.tls.shutdown()
+                self.unanswered = None                      # it has answered already
         except self.ssl.SSLWantReadError:
-            self.unanswered, self.sock._sslobj = self.sock._sslobj, None
+            pass
         except (OSError, ValueError):
             raise Hangup() from None
+        self.tls = self.ticket_giver = None
+        self.read, self.write = self.sock.recv, self.sock.send
 
     def take_close_notify(self) -> None:
         """The client's answer, if it is one. Raises what recv() does."""

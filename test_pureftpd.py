@@ -14227,11 +14227,17 @@ class TlsCommands(TlsExam):
         self.assertEqual(client.fetch("RETR x")[2], b"a\r\nb")
 
     def test_what_is_sent_before_the_login_is_not_lost(self):
-        client = self.visitor()
-        client.secure()
-        client.send(b"PBSZ 0\r\nPROT P\r\nUSER alice\r\nPASS wrong\r\nPASS secret\r\nPWD\r\n" + b"NOOP\r\n" * 1200 + b"SYST\r\n")
-        codes = [client.reply()[0] for _ in range(1207)]
-        self.assertEqual(codes, [200, 200, 331, 530, 230, 257] + [200] * 1200 + [215], client.exchange())
+        """In records as large as can be, for one of which a LOGIN has no room, or in small ones that have come all at once."""
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for size in (1 << 16, 100):
+                client = self.visitor(context=client_context(minimum_version=version, maximum_version=version))
+                client.secure()
+                lines = b"PBSZ 0\r\nPROT P\r\nUSER alice\r\nPASS wrong\r\nPASS secret\r\nPWD\r\n"
+                lines += b"NOOP\r\n" * 5000 + b"SYST\r\n"
+                for start in range(0, len(lines), size):
+                    client.send(lines[start:start + size])
+                codes = [client.reply()[0] for _ in range(5007)]
+                self.assertEqual(codes, [200, 200, 331, 530, 230, 257] + [200] * 5000 + [215], client.exchange()[-1000:])
 
 
 class TlsHandshakes(TlsExam):
@@ -14812,7 +14818,7 @@ pureftpd.TlsStream.empty = told
 
     def check_outbox(self, libssl, server, client):
         data = os.urandom(30000)
-        with contextlib.closing(pureftpd.Outbox(libssl, server, 20000)) as outbox:
+        with contextlib.closing(pureftpd.Outbox(libssl, server._sslobj, 20000)) as outbox:
             with self.assertRaises(ssl.SSLWantWriteError):
                 server.send(data)
             sent = bytes(outbox.waiting())
@@ -14833,7 +14839,7 @@ pureftpd.TlsStream.empty = told
             got += client.recv(30008)
         self.assertTrue(got == data + b"directly")
         for _ in range(200):                                            # each lets go of all it has
-            pureftpd.Outbox(libssl, server, 1 << 20).close()
+            pureftpd.Outbox(libssl, server._sslobj, 1 << 20).close()
         self.assertEqual(server.send(b"still"), 5)
         self.assertEqual(client.recv(100), b"still")
 
@@ -15957,6 +15963,15 @@ def DEAF(server):
 class TlsValues(unittest.TestCase):
     """What is parsed without OpenSSL."""
 
+    def test_a_session_that_has_nothing_more_to_say(self):
+        """While the client's commands were passed on, its replies may have been, too."""
+        relay, session = socket.socketpair()
+        with relay:
+            relay.setblocking(False)
+            pureftpd.TlsDoor.from_session(None, relay)
+            session.close()
+            self.assertRaises(pureftpd.Hangup, pureftpd.TlsDoor.from_session, None, relay)
+
     def test_the_name_in_a_client_hello(self):
         for name, seen in (("ftp.example", b"ftp.example"), ("FTP.Example", b"ftp.example"), (None, b""),
                            ("a" * 60 + ".example", b"a" * 60 + b".example")):
@@ -16993,7 +17008,7 @@ class Rehearsal(unittest.TestCase):
             certificates = types.SimpleNamespace(ssl=ssl, libssl=libssl)
             for switches in ((), ("-J", "-S:-C:HIGH", "--tlsminversion=1.3"), ("--tlssessionreuse=off", "-Y", "3")):
                 with self.subTest(libssl=libssl, switches=switches), mock.patch.object(
-                        pureftpd.TlsDoor, "pass_on", lambda door: passed_on.append(door.sock.version()) or pass_on(door)):
+                        pureftpd.TlsDoor, "pass_on", lambda door: passed_on.append(door.tls.version()) or pass_on(door)):
                     del self.log[:], passed_on[:]
                     self.rehearse(*switches, certificates=certificates)
                     self.assertEqual((self.log, passed_on), ([], ["TLSv1.3"] * 3))
