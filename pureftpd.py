@@ -2846,11 +2846,14 @@ def password_waste(password: bytes, sample: str = "") -> None:
 # records (length, key, length, value). All numbers are 32 bits, big endian; offsets are absolute. The key is the
 # login, the value the rest of its line.
 #
-# A lookup opens the file, so a new database counts at once, and reads with pread(2) only: a file that shrinks under
-# an mmap(2) would kill the process. Nothing that the file says is believed before its size has been asked.
+# A lookup opens the file, so a new database counts at once, and reads with pread(2) only, mostly three times: a file that
+# shrinks under an mmap(2) would kill the process. Nothing that the file says is believed before its size has been asked.
 
 PUREDB_INDEX = 4 + 257 * 4          # where the buckets begin
+PUREDB_PAIR = struct.Struct(">II")  # of a bucket: hash, offset; of the index: where a bucket begins, and where it ends
 PUREDB_MAX = 0xFFFFFFFF             # bytes
+PUREDB_PAIRS = 32                   # of a bucket that are read at once
+PUREDB_RECORD = 400                 # bytes that are read at once: most records
 PUREDB_NEIGHBOURS = 16              # records that puredb_sample looks at before it gives up
 PASSWD_LINE_MAX = 2046              # bytes of a line that the original's tools read
 
@@ -2975,14 +2978,17 @@ class PureDB:
             self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise PureDBError(f"{path}: {error.strerror}") from None
-        self.size = 0
+        self.size, self.index = 0, b""
 
     def __enter__(self) -> "PureDB":
         status = os.fstat(self.fd)
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else 0
         try:
-            if self.read(0, 4) != b"PDB2":
+            self.index = self.read(0, min(PUREDB_INDEX, self.size))
+            if self.index[:4] != b"PDB2":
                 raise self.damaged("it does not begin with PDB2")
+            if len(self.index) < PUREDB_INDEX:
+                raise self.damaged("its index is cut off")
         except PureDBError:
             os.close(self.fd)
             raise
@@ -3012,41 +3018,46 @@ class PureDB:
 
     def bucket(self, low_byte: int) -> "tuple[int, int]":
         """Where the pairs of this bucket begin, and how many they are."""
-        start, end = self.words(4 + 4 * low_byte, 2)
+        start, end = PUREDB_PAIR.unpack_from(self.index, 4 + 4 * low_byte)
         if not PUREDB_INDEX <= start < end <= self.size:
             raise self.damaged(f"bucket {low_byte} has impossible limits")
         return start, (end - start) // 8
 
     def record(self, offset: int) -> "tuple[bytes, bytes]":
         """(key, value) of the record at `offset`."""
-        key = self.read(offset + 4, *self.words(offset, 1))
-        offset += 4 + len(key)
-        return key, self.read(offset + 4, *self.words(offset, 1))
+        data = self.read(offset, max(4, min(PUREDB_RECORD, self.size - offset)))
+        middle = 4 + int.from_bytes(data[:4], "big")
+        end = middle + 4 + int.from_bytes(data[middle:middle + 4], "big")
+        if end > len(data):                     # a long one, or a damaged one
+            key = self.read(offset + 4, middle - 4)
+            return key, self.read(offset + middle + 4, *self.words(offset + middle, 1))
+        return data[4:middle], data[middle + 4:end]
 
     def find(self, key: bytes) -> "bytes | None":
         """The value of the first record of that key; None when there is none. No more than 30 small reads."""
         wanted = puredb_hash(key)
         start, count = self.bucket(wanted & 0xFF)
         low, high = 0, count
-        while low < high:
+        while high - low > PUREDB_PAIRS:
             middle = (low + high) // 2
             if self.words(start + 8 * middle, 1)[0] < wanted:
                 low = middle + 1
             else:
                 high = middle
-        for slot in range(low, count):
-            hashed, offset = self.words(start + 8 * slot, 2)
-            if hashed != wanted:
-                break
-            found, value = self.record(offset)
-            if found == key:
-                return value
+        for slot in range(low, count, PUREDB_PAIRS):
+            for hashed, offset in PUREDB_PAIR.iter_unpack(self.read(start + 8 * slot, 8 * min(PUREDB_PAIRS, count - slot))):
+                if hashed > wanted:
+                    return None
+                if hashed == wanted:
+                    found, value = self.record(offset)
+                    if found == key:
+                        return value
         return None
 
     def sample(self, key: bytes) -> str:
         """See puredb_sample."""
         wanted, left = puredb_hash(key), PUREDB_NEIGHBOURS
-        starts = self.words(4, 257)             # at once: a missing user may not cost more than one who is there
+        starts = struct.unpack_from(">257I", self.index, 4)
         if not PUREDB_INDEX <= starts[0] <= starts[-1] <= self.size or list(starts) != sorted(starts):
             raise self.damaged("its buckets have impossible limits")
         for step in range(256):
