@@ -2891,21 +2891,14 @@ class PasswdRecord(NamedTuple):
         """
         if len(fields) < 6:
             raise ValueError("fields are missing: at least login:hash:uid:gid:gecos:home are needed")
-        given = dict(zip(PASSWD_FIELDS, passwd_padded(fields)))
-        for name in ("login", "hash", "home"):
-            if not given[name]:
-                raise ValueError(f"field {name} is empty")
-        if not given["home"].startswith(b"/"):
-            raise ValueError(f"field home should begin with a slash, not [{printable(given['home'])}]")
-        begin, dash, end = given["time"].partition(b"-")
-        if given["time"] and not (dash and begin.isdigit() and end.isdigit() and len(begin) < 5 and len(end) < 5):
-            raise ValueError(f"field time should be like 900-1800, not [{printable(given['time'])}]")
-        uid, gid = [passwd_number(name, given[name], 1, 0xFFFFFFFE) for name in ("uid", "gid")]
-        numbers: Any = {name: passwd_number(name, given[name]) if given[name] else None for name in PASSWD_FIELDS[6:13]}
-        numbers.update(ratio_ul=numbers["ratio_ul"] or None, ratio_dl=numbers["ratio_dl"] or None)  # Compat: a ratio of 0 is none
-        texts: Any = {name: given[name].decode("utf-8", "surrogateescape") for name in PASSWD_FIELDS[13:]}
-        return cls(login=given["login"], hash=given["hash"].decode("ascii", "replace"), uid=uid, gid=gid, gecos=given["gecos"],
-                   home=given["home"], **numbers, **texts)
+        login, hashed, uid, gid, gecos, home, *rest = passwd_padded(fields)
+        if not (login and hashed and home):
+            raise ValueError(f"field {'home' if login and hashed else 'hash' if login else 'login'} is empty")
+        if home[:1] != b"/":
+            raise ValueError(f"field home should begin with a slash, not [{printable(home)}]")
+        limits = passwd_limits(rest) if any(rest) else {}
+        return cls(login=login, hash=hashed.decode("ascii", "replace"), uid=passwd_number("uid", uid, 1, 0xFFFFFFFE),
+                   gid=passwd_number("gid", gid, 1, 0xFFFFFFFE), gecos=gecos, home=home, **limits)
 
 
 PASSWD_FIELDS = PasswdRecord._fields
@@ -2922,6 +2915,19 @@ def passwd_number(name: str, text: bytes, lowest: int = 0, highest: int = (1 << 
     if number is None:
         raise ValueError(f"field {name} should be a number from {lowest} to {highest}, not [{printable(text)}]")
     return number
+
+
+def passwd_limits(fields: "list[bytes]") -> "dict[str, Any]":
+    """What the fields behind `home` say, by their names; ValueError as from_fields."""
+    time_text = fields[-1]
+    begin, dash, end = time_text.partition(b"-")
+    if time_text and not (dash and begin.isdigit() and end.isdigit() and len(begin) < 5 and len(end) < 5):
+        raise ValueError(f"field time should be like 900-1800, not [{printable(time_text)}]")
+    limits: "dict[str, Any]" = {name: passwd_number(name, text) for name, text in zip(PASSWD_FIELDS[6:13], fields) if text}
+    for name in ("ratio_ul", "ratio_dl"):
+        limits[name] = limits.get(name) or None             # Compat: a ratio of 0 is none
+    limits.update(zip(PASSWD_FIELDS[13:], [text.decode("utf-8", "surrogateescape") for text in fields[7:]]))
+    return limits
 
 
 def passwd_record(line: bytes) -> PasswdRecord:
@@ -15552,8 +15558,8 @@ LOGIN_AS_ROOT = {
         "Remembered.tell password_waste",
     "PureDB":
         "PasswdRecord.from_fields PureDB.__enter__ PureDB.__exit__ PureDB.__init__ PureDB.bucket PureDB.damaged "
-        "PureDB.find PureDB.read PureDB.record PureDB.sample PureDB.words passwd_record passwd_number passwd_padded "
-        "puredb_find puredb_hash puredb_sample",
+        "PureDB.find PureDB.read PureDB.record PureDB.sample PureDB.words passwd_limits passwd_number passwd_padded "
+        "passwd_record puredb_find puredb_hash puredb_sample",
     "Giving up root":
         "Privileges.dropped addresses_limit child_answer close_others die privsep_account privsep_user",
     "Accounts and access rules":
