@@ -3860,6 +3860,18 @@ def password_demand(backend: str, password: bytes, hashed: str, sample: "Callabl
     raise NoLogin(reason)
 
 
+def user_name(uid: int) -> str:
+    """As the name service tells it. Raises KeyError, OSError."""
+    import pwd
+    return pwd.getpwuid(uid).pw_name
+
+
+def group_name(gid: int) -> str:
+    """As the name service tells it. Raises KeyError, OSError."""
+    import grp
+    return grp.getgrgid(gid).gr_name
+
+
 NAMES_SECONDS, NAMES_MAX, NOTES_MAX = 60.0, 256, 32
 NAME_ENTRY = struct.Struct("=dcI160pd")     # till when (monotonic), u or g, the id, its name or "", till when again
 
@@ -3873,8 +3885,13 @@ class KnownNames(MemoryFile):
     Of two that are made at once one may be lost, and is made anew: a fault is told twice.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: "dict[tuple[bytes, int], str]" = {}         # in this process: a login asks twice, for groups and for listings
+
     def begin(self) -> None:
         """In PRIV: know nothing, from now on. Where there is no memory file, everybody asks the name service."""
+        self.asked.clear()
         self.make("names", NAME_ENTRY.size * (NAMES_MAX + NOTES_MAX))
 
     def place(self, kind: bytes, number: int) -> int:
@@ -3900,23 +3917,23 @@ class KnownNames(MemoryFile):
 
     def name_of(self, kind: bytes, number: int, ask: "Callable[[int], str]") -> str:
         """The name of a uid (kind u) or gid (g) that ask(number) finds, now or lately; "" for none. Raises OSError."""
-        known = self.recall(kind, number)
-        if known is not None:
-            return known
-        try:
-            name = ask(number)
-        except KeyError:
-            name = ""
-        self.note(kind, number, name, NAMES_SECONDS)
+        name = self.asked.get((kind, number))
+        if name is None:
+            name = self.recall(kind, number)
+        if name is None:
+            try:
+                name = ask(number)
+            except KeyError:
+                name = ""
+            self.note(kind, number, name, NAMES_SECONDS)
+        self.asked[kind, number] = name
         return name
 
     def user(self, uid: int) -> str:
-        import pwd
-        return self.name_of(b"u", uid, lambda number: pwd.getpwuid(number).pw_name)
+        return self.name_of(b"u", uid, user_name)
 
     def group(self, gid: int) -> str:
-        import grp
-        return self.name_of(b"g", gid, lambda number: grp.getgrgid(number).gr_name)
+        return self.name_of(b"g", gid, group_name)
 
 
 known_names = KnownNames()
@@ -3924,11 +3941,10 @@ known_names = KnownNames()
 
 def groups_of(name: "str | None", uid: int, gid: int) -> "tuple[int, ...]":
     """Every group of the system user `name`, or else of the one with `uid`; only `gid` when there is none."""
-    import pwd
     if name is None and not known_names.user(uid):
         return (gid,)
     try:
-        return tuple(os.getgrouplist(name or pwd.getpwuid(uid).pw_name, gid))
+        return tuple(os.getgrouplist(name or user_name(uid), gid))
     except KeyError:
         return (gid,)
 
@@ -6825,11 +6841,9 @@ class Cache(dict[Any, Any]):
 
 
 class IdNames(dict[Any, Any]):
-    """uid or gid -> its ten columns of a LIST line: a `known` name, what `lookup(id)` finds, or the number."""
+    """uid or gid -> its ten columns of a LIST line: what `lookup(id)` finds, or the number."""
 
-    def __init__(self, known: Any = (), lookup: "Callable[[int], str] | None" = None) -> None:
-        for number, name in dict(known).items():
-            self[number] = self.column(name)
+    def __init__(self, lookup: "Callable[[int], str] | None" = None) -> None:
         self.lookup = lookup
 
     @staticmethod
@@ -6906,13 +6920,13 @@ def listing_names(uids: "list[int]", gids: "list[int]", chrooted: bool) -> "tupl
     Compat: a chrooted session knows but its own names, others ask the system for each id they meet (getname, getgroup).
     The original shows a virtual user's files under the number of the owner, but the name of the group.
     """
-    users, groups = IdNames(lookup=known_names.user), IdNames(lookup=known_names.group)
-    if chrooted:
-        for names, numbers in ((users, uids), (groups, gids)):
-            for number in numbers:
-                names[number]
-            names.lookup = None
-    return users, groups
+    if not chrooted:
+        return IdNames(known_names.user), IdNames(known_names.group)
+    try:
+        users, groups = {uid: known_names.user(uid) for uid in uids}, {gid: known_names.group(gid) for gid in gids}
+    except OSError:
+        users = groups = {}
+    return IdNames(users.__getitem__), IdNames(groups.__getitem__)
 
 
 class Listing:
@@ -15566,10 +15580,10 @@ LOGIN_AS_ROOT = {
         "access_address access_allows access_check access_is_trusted access_listed access_named access_network access_now "
         "address_text host_addresses host_addresses_told names_of_network",
     "Authentication back ends":
-        "KnownNames.group KnownNames.name_of KnownNames.note KnownNames.place KnownNames.recall KnownNames.user account_of "
-        "groups_of identity_of password_demand puredb_check puredb_hash_sample puredb_stale record_account shadow_find "
-        "shadow_sample shells_read sqlite_check sqlite_preload sqlite_query sqlite_sample sqlite_told system_account unix_check "
-        "unix_objection",
+        "KnownNames.__init__ KnownNames.group KnownNames.name_of KnownNames.note KnownNames.place KnownNames.recall "
+        "KnownNames.user account_of group_name groups_of identity_of password_demand puredb_check puredb_hash_sample "
+        "puredb_stale record_account shadow_find shadow_sample shells_read sqlite_check sqlite_preload sqlite_query "
+        "sqlite_sample sqlite_told system_account unix_check unix_objection user_name",
     "PAM and extauth":
         "extauth_account extauth_ask extauth_check extauth_connect extauth_look extauth_number extauth_preload "
         "extauth_question pam_authenticate pam_check pam_conversation pam_demand pam_error pam_library pam_look pam_preload "
