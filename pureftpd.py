@@ -8568,6 +8568,7 @@ SCOREBOARD_SAMPLE_AT = SCOREBOARD_LAYOUT.size - 1 - SCOREBOARD_SAMPLE.size
 SCOREBOARD_FILENAME_MAX = 1024 - 2 - SCOREBOARD_SAMPLE.size
 SCOREBOARD_ENTRY = struct.Struct("=ii128s128sqqqqq128s999sqqqx")        # the layout, and the sample in it
 SAMPLE_MS = 5000
+SOCKADDR_IN, SOCKADDR_IN6 = struct.Struct("=HH4s"), struct.Struct("=HHI16sI")
 
 
 class ScoreboardRecord(NamedTuple):
@@ -8603,14 +8604,13 @@ def scoreboard_account_target(account: bytes) -> bytes:
 def sockaddr_pack(address: str, port: int) -> bytes:
     """`address` as a Linux sockaddr_in or sockaddr_in6; empty when it is neither."""
     host, _, zone = address.partition("%")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        packed = socket.inet_pton(family, host)
+        if ":" not in host:
+            return SOCKADDR_IN.pack(socket.AF_INET, socket.htons(port), socket.inet_pton(socket.AF_INET, host))
         scope = int(zone) if zone.isdigit() else socket.if_nametoindex(zone) if zone else 0
+        return SOCKADDR_IN6.pack(socket.AF_INET6, socket.htons(port), 0, socket.inet_pton(socket.AF_INET6, host), scope)
     except OSError:
         return b""
-    head = struct.pack("=H", family) + struct.pack("!H", port)
-    return head + (bytes(4) + packed + struct.pack("=I", scope) if family == socket.AF_INET6 else packed)
 
 
 def sockaddr_unpack(data: bytes) -> "tuple[str, int]":
@@ -8683,32 +8683,39 @@ class ScoreboardEntry:
             self.descriptor = -1
 
 
-def scoreboard_claim(statedir: str, pid: int, peer: Any, now: "float | None" = None) -> ScoreboardEntry:
-    """The entry of session `pid`, of the Peer `peer`, on an open descriptor; for root, before chroot.
+def scoreboard_claim(statedir: str, pid: int, peer: Any, account: bytes, limit: "int | None" = None,
+                     now: "float | None" = None) -> "ScoreboardEntry | None":
+    """The entry of session `pid`, of the Peer `peer`, which is `account`'s; None when that has `limit` sessions already
+    (None or 0: any number). For root, before chroot. Raises OSError, ConfigError.
 
-    Raises OSError or ConfigError; then no entry is left behind. What lies in the way belonged to a dead process.
+    Counting and marking happen under one lock, so two logins at once cannot both be the last one allowed. Login
+    children alone take it, for the time of a scan; neither sessions nor ftpwho ever do.
     """
     directory = statedir_open(statedir)
-    name = scoreboard_name(pid)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        try:
-            descriptor = os.open(name, flags, 0o600, dir_fd=directory)
-        except FileExistsError:
-            os.unlink(name, dir_fd=directory)
-            descriptor = os.open(name, flags, 0o600, dir_fd=directory)
-        try:
-            os.ftruncate(descriptor, SCOREBOARD_LAYOUT.size)
-        except OSError:
-            os.close(descriptor)
-            os.unlink(name, dir_fd=directory)
-            raise
+        if limit:
+            import fcntl
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if scoreboard_count(statedir, account, but=pid) >= limit:
+                return None
+        scoreboard_mark(directory, pid, account)
+        descriptor = scoreboard_open(directory, pid)
     finally:
-        os.close(directory)
-    now = time.time() if now is None else now
-    entry = ScoreboardEntry(descriptor, pid, peer, now)
-    entry.update(SCOREBOARD_IDLE, now=now)
+        os.close(directory)                                 # ends the lock
+    entry = ScoreboardEntry(descriptor, pid, peer, time.time() if now is None else now)
+    entry.login(account)
+    entry.share(statedir)
     return entry
+
+
+def scoreboard_open(directory: int, pid: int) -> int:
+    """A new file for an entry. Raises OSError. What lies in the way belonged to a dead process."""
+    name, flags = scoreboard_name(pid), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, 0o600, dir_fd=directory)
+    except FileExistsError:
+        os.unlink(name, dir_fd=directory)
+        return os.open(name, flags, 0o600, dir_fd=directory)
 
 
 def scoreboard_remove(statedir: str, pid: int) -> None:
@@ -8814,28 +8821,6 @@ def scoreboard_mark(directory: int, pid: int, account: bytes) -> None:
     except FileExistsError:                                 # a dead process's
         os.unlink(name, dir_fd=directory)
         os.symlink(target, name, dir_fd=directory)
-
-
-def scoreboard_admit(statedir: str, entry: ScoreboardEntry, account: bytes, limit: "int | None") -> bool:
-    """Put `account` on the scoreboard unless it has `limit` sessions already (None or 0: any number).
-
-    Raises OSError, ConfigError.
-    Counting and putting happen under one lock, so two logins at once cannot both be the last one allowed. Login
-    children alone take it, for the time of a scan; neither sessions nor ftpwho ever do.
-    """
-    import fcntl
-    directory = statedir_open(statedir)
-    try:
-        if limit:
-            fcntl.flock(directory, fcntl.LOCK_EX)
-            if scoreboard_count(statedir, account, but=entry.pid) >= limit:
-                return False
-        scoreboard_mark(directory, entry.pid, account)
-    finally:
-        os.close(directory)                                 # ends the lock
-    entry.share(statedir)
-    entry.login(account)
-    return True
 
 # ==== Upload pipe =================================================================================
 # Each stored file is announced to `uploadscript` as "\x02 account \x01 path \x00" on a FIFO in StateDir. The message
@@ -15618,8 +15603,8 @@ LOGIN_AS_ROOT = {
     "Scoreboard":
         "ScoreboardEntry.__init__ ScoreboardEntry.close ScoreboardEntry.login "
         "ScoreboardEntry.share ScoreboardEntry.update ScoreboardEntry.write process_lives scoreboard_account_name "
-        "scoreboard_account_target scoreboard_admit scoreboard_claim scoreboard_count scoreboard_mark scoreboard_name "
-        "scoreboard_names sockaddr_pack",
+        "scoreboard_account_target scoreboard_claim scoreboard_count scoreboard_mark scoreboard_name scoreboard_names "
+        "scoreboard_open sockaddr_pack",
     "Upload pipe":
         "UploadPipe.__init__ UploadPipe.close uploadpipe_file uploadpipe_open",
     "Session: one user's process":
@@ -15861,8 +15846,8 @@ def enter(setup: Setup, login: Login, account: Account, request: LoginRequest, c
     users = options.peruserlimits or (None, None)
     limit = account.max_sessions if account.max_sessions is not None else users[account.anonymous]
     statedir_empty(setup.statedir)
-    board = scoreboard_claim(setup.statedir, os.getpid(), peer)
-    if not scoreboard_admit(setup.statedir, board, account.name, limit):
+    board = scoreboard_claim(setup.statedir, os.getpid(), peer, account.name, limit)
+    if board is None:
         raise Overcrowded("%d sessions of this account are open already" % (limit or 0))
     logs = transferlogs_open(options.altlog, log)
     pipe = uploadpipe_or_none(setup) if options.uploadscript else None

@@ -305,7 +305,7 @@ class Layout(unittest.TestCase):
             # the server's own files, by their own names
             "add": {"os.path.realpath"}, "inode": {"os.stat"}, "is_at": {"os.stat"},
             "transferlog_open": {"os.open"}, "transferlogs_keep": {"os.lstat", "os.open"}, "standard_stream": {"os.open"},
-            "scoreboard_claim": {"os.unlink", "os.open"}, "scoreboard_names": {"os.listdir"},
+            "scoreboard_open": {"os.unlink", "os.open"}, "scoreboard_names": {"os.listdir"},
             "scoreboard_entries": {"os.unlink", "os.open"}, "scoreboard_remove": {"os.unlink"}, "process_lives": {"open"},
             "scoreboard_count": {"os.readlink"},
             "scoreboard_mark": {"os.symlink", "os.unlink"},
@@ -9386,12 +9386,16 @@ class Scoreboard(StateDirTest):
         super().setUp()
         pureftpd.statedir_prepare(self.statedir)
 
-    def claim(self, pid=None, account=None, peer=SCOREBOARD_PEER, now=1000):
-        entry = pureftpd.scoreboard_claim(self.statedir, pid or os.getpid(), peer, now)
+    def claim(self, pid=None, account=b"?", peer=SCOREBOARD_PEER, now=1000):
+        entry = pureftpd.scoreboard_claim(self.statedir, pid or os.getpid(), peer, account, now=now)
         self.addCleanup(entry.close)
-        if account is not None:
-            self.assertTrue(pureftpd.scoreboard_admit(self.statedir, entry, account, None))
         return entry
+
+    def admitted(self, account, limit):
+        entry = pureftpd.scoreboard_claim(self.statedir, os.getpid(), SCOREBOARD_PEER, account, limit)
+        if entry is not None:
+            self.addCleanup(entry.close)
+        return entry is not None
 
     def read(self):
         return pureftpd.scoreboard_read(self.statedir)
@@ -9568,15 +9572,15 @@ class Scoreboard(StateDirTest):
 
     def test_no_limit_admits(self):
         for limit in (None, 0):
-            self.assertTrue(pureftpd.scoreboard_admit(self.statedir, self.claim(), b"a", limit))
+            self.assertTrue(self.admitted(b"a", limit))
 
     def test_a_limit_counts_the_others(self):
         self.claim(os.getppid(), b"a")
         os.symlink("=b", self.statedir + "/account-%08d" % os.getpid())         # of a dead process
-        entry = self.claim()
-        self.assertFalse(pureftpd.scoreboard_admit(self.statedir, entry, b"A", 1))
-        self.assertEqual(sorted(record.account for record in self.read()), [b"?", b"a"])
-        self.assertTrue(pureftpd.scoreboard_admit(self.statedir, entry, b"A", 2))
+        self.assertFalse(self.admitted(b"A", 1))
+        self.assertEqual([record.account for record in self.read()], [b"a"])
+        self.assertTrue(self.admitted(b"A", 2))
+        self.assertEqual(sorted(record.account for record in self.read()), [b"A", b"a"])
 
     def test_logins_at_once_do_not_pass_the_limit_together(self):
         start, go = os.pipe()
@@ -9588,9 +9592,8 @@ class Scoreboard(StateDirTest):
             if pid == 0:
                 try:
                     os.close(leave)
-                    entry = pureftpd.scoreboard_claim(self.statedir, os.getpid(), SCOREBOARD_PEER)
                     os.read(start, 1)
-                    admitted = pureftpd.scoreboard_admit(self.statedir, entry, b"same", 3)
+                    admitted = self.admitted(b"same", 3)
                     os.write(reporter, b"1" if admitted else b"0")
                     os.read(stay, 1)
                 finally:
@@ -19951,9 +19954,8 @@ class FtpwhoTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.statedir)
 
     def claim(self, pid, account, *state, age=10, peer=("192.0.2.7", 4242, "198.51.100.1", 21), now=None):
-        entry = pureftpd.scoreboard_claim(self.statedir, pid, Peer(*peer), time.time() - age)
+        entry = pureftpd.scoreboard_claim(self.statedir, pid, Peer(*peer), account, now=time.time() - age)
         self.addCleanup(entry.close)
-        entry.login(account)
         if state:
             entry.update(*state, now=now)
 
@@ -20120,7 +20122,7 @@ class Ftpwho(FtpwhoTest):
         self.assertEqual(len({len(line) for line in pureftpd.ftpwho_text([session]).split("\n")[1:-2]}), 1)
 
     def test_rates_are_those_of_the_last_seconds(self):
-        entry = pureftpd.scoreboard_claim(self.statedir, os.getpid(), Peer("192.0.2.7", 1, "192.0.2.1", 21), 1000)
+        entry = pureftpd.scoreboard_claim(self.statedir, os.getpid(), Peer("192.0.2.7", 1, "192.0.2.1", 21), b"joe", now=1000)
         self.addCleanup(entry.close)
         def rate(now):
             (record,) = pureftpd.scoreboard_read(self.statedir)
@@ -20173,8 +20175,7 @@ for peer, account, age, update in (
          (U, b"/u/<&>" + b"x" * 99, 0, 0, 7 << 20, now - 9)),
         (("192.0.2.7", 3, "10.1.2.3", 21), b"d", 5, (D, b"r", 500000, 4000, 4000, now - 50)),
         (("192.0.2.7", 4, "10.1.2.3", 21), b"ftp", 86400, (I, b"", 0, 0, 0, now))):
-    entry = pureftpd.scoreboard_claim(S, pid, pureftpd.Peer(*peer), now - age)
-    entry.login(account)
+    entry = pureftpd.scoreboard_claim(S, pid, pureftpd.Peer(*peer), account, now=now - age)
     entry.update(*update)
     with open("%s/client-%08d" % (S, pid), "r+b") as file:
         data = file.read()
