@@ -398,16 +398,19 @@ def process_title(title: str) -> None:
         libc.ctypes.memmove(address, text, len(text))
 
 
+# where the bytes of an object begin; 0 where that is not known
+WIPE_AT = bytes.__basicsize__ - 1 if libc.library is not None and sys.implementation.name == "cpython" else 0
+
+
 def wipe(*secrets: bytes) -> None:
     """Overwrite bytes objects that nobody will read again, so that no password stays in freed memory, which children
     inherit.
 
     CPython's only, and not for objects that it shares: those of one byte and of none.
     """
-    if libc.library is not None and sys.implementation.name == "cpython":
-        for secret in secrets:
-            if len(secret) > 1:
-                libc.ctypes.memset(id(secret) + bytes.__basicsize__ - 1, 0, len(secret))
+    for secret in secrets:
+        if len(secret) > 1 and WIPE_AT:
+            libc.ctypes.memset(id(secret) + WIPE_AT, 0, len(secret))
 
 
 def random_secret(size: int) -> bytes:
@@ -3275,10 +3278,10 @@ def user_for_good(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
         right = (os.getuid(), os.geteuid(), os.getgid(), os.getegid()) == (uid, uid, gid, gid)
     if not right:
         raise OSError(errno.EPERM, "not the user that was asked for")
-    regains: "tuple[Callable[[], None], ...]" = (lambda: os.setuid(0), lambda: os.setgid(0), lambda: os.setgroups([0]))
-    for regain in regains:
+    regains: "tuple[tuple[Callable[[Any], None], Any], ...]" = (os.setuid, 0), (os.setgid, 0), (os.setgroups, (0,))
+    for regain, root in regains:
         try:
-            regain()
+            regain(root)
         except PermissionError:
             continue
         raise OSError(errno.EPERM, "root could be regained")
@@ -3308,11 +3311,11 @@ def close_others(keep: "list[int]") -> None:
                 if fd > 2 and fd not in keep:
                     os.closerange(fd, fd + 1)
             return
-    last = 2
-    for fd in sorted(keep):
-        os.closerange(last + 1, fd)
-        last = max(last, fd)
-    os.closerange(last + 1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20))
+    kept = sorted({2, *keep})
+    for low, high in zip(kept, kept[1:]):
+        if high - low > 1:                                  # an empty range is slow: it is tried without close_range(2)
+            os.closerange(low + 1, high)
+    os.closerange(kept[-1] + 1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20))
 
 
 def addresses_limit(more: int) -> None:
@@ -6092,13 +6095,9 @@ def login_parse(message: bytes) -> LoginRequest:
     kind, number, flags, facts, *lengths, marks, told = LOGIN_HEAD.unpack_from(message)
     if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(map(gt, lengths, LOGIN_LIMITS)):
         raise MessageError("LOGIN whose lengths do not add up")
-    fields, start = [], LOGIN_HEAD.size
-    for length in lengths:
-        fields.append(message[start:start + length])
-        start += length
-    return LoginRequest(id=number, user=fields[0], password=fields[1],
-                        negotiated=Negotiated.from_message(flags, facts, fields[2], fields[3]), pending=fields[4],
-                        marks=marks, told=told)
+    user, password, client, sni, pending = struct.unpack_from("%ds%ds%ds%ds%ds" % (*lengths,), message, LOGIN_HEAD.size)
+    return LoginRequest(id=number, user=user, password=password, pending=pending, marks=marks, told=told,
+                        negotiated=Negotiated.from_message(flags, facts, client, sni))
 
 
 def login_head(message: bytes) -> "tuple[int, bytes, bytes]":
@@ -6750,7 +6749,10 @@ class RootedTree(WalkedTree):
 
     def change_directory(self, path: bytes) -> None:
         where, fd = self.absolute(path), -1
-        if path and b".." not in path and where != b"/":
+        if where == b"/" and path and b".." not in path:
+            self.check_root()
+            fd = os.open(b".", DIRECTORY_ONLY, dir_fd=self.root)                # may we be there
+        elif path and b".." not in path:
             try:
                 fd = self.reach(where + b"/.", DIRECTORY_ONLY, resolve=RESOLVE_NO_SYMLINKS)
             except OSError as error:
@@ -15940,6 +15942,8 @@ def settle(setup: Setup, account: Account, home: Home) -> "tuple[WalkedTree, byt
 
 def home_obstacle(above: bytes, path: bytes) -> str:
     """What keeps this process, which is the user, from working in that directory; "" for nothing. `above` is where its / is."""
+    if os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return ""
     place = b""
     for name in (b"", *path_parts(path)):
         place = place.rstrip(b"/") + b"/" + name
