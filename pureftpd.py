@@ -2287,13 +2287,16 @@ LDAP_SCHEMES = ("{SSHA", "{SHA", "{SMD5", "{MD5", "{SSHA256", "{SSHA384", "{SSHA
                 "{ARGON2", "{BLF-CRYPT", "{CLEARTEXT", "{PLAIN")
 
 
+HASH_KIND_ENDS = {"$": "$", "{": "}", "S": "$"}         # by how a hash begins: what its kind ends with
+
+
 class HashUnsupported(Exception):
     """This hash cannot be checked here; the text says why and what to install, and holds nothing of the hash."""
 
 
 def hash_kind(hashed: str) -> str:
     """The part of `hashed` that names its kind, fit for a log: "$2b$", "{PBKDF2}"; "DES" for what has no such part."""
-    end = {"$": "$", "{": "}", "S": "$"}.get(hashed[:1])
+    end = HASH_KIND_ENDS.get(hashed[:1])
     return hashed[:hashed.index(end, 1) + 1][:16] if end and end in hashed[1:] and "$" in hashed else "DES"
 
 
@@ -2657,14 +2660,12 @@ def hash_check(hashed: str) -> "Callable[[bytes, str], bool] | None":
 
     No hash: a locked account ("*", "!..."), nothing, clear text, LDAP's {SHA}.
     """
-    old = hashed[1:] if len(hashed) == 20 and hashed[0] == "_" else hashed * (len(hashed) == 13)
-    if old and set(CRYPT64).issuperset(old):
-        return crypt_verify                                         # crypt(5): bsdicrypt, descrypt
     dollars = hashed.count("$")                                     # clear text may begin with one
     for prefix, least, check in HASH_CHECKS:
         if hashed.startswith(prefix) and dollars >= least:
             return check
-    return None
+    old = hashed[1:] if len(hashed) == 20 and hashed[0] == "_" else hashed * (len(hashed) == 13)
+    return crypt_verify if old and set(CRYPT64).issuperset(old) else None       # crypt(5): bsdicrypt, descrypt
 
 
 def password_usable(hashed: str) -> bool:
@@ -9518,25 +9519,25 @@ class Poller:
 class Attention:
     """Waits for one thing while it watches the control connection and PRIV."""
 
+    listening = True                                # whether the control connection is being read
+    stop_at: "float | None" = None                  # the server ends: what is under way may go on till then (monotonic)
+    stop_text = "The server is shutting down, goodbye"
+    on_status: "Callable[[], None] | None" = None   # answers a STAT during a transfer
+    outlasting = False                              # what is under way outlasts the control connection
+    ended_at: "float | None" = None                 # when that ended meanwhile (monotonic)
+    # while a command is awaited: a descriptor, and what is done when it is ready
+    aside: "tuple[int, Callable[[], None]] | None" = None
+    aside_late: "tuple[float, Callable[[], None]] | None" = None        # what is done at that time (monotonic)
+    wishing = False                                 # an answer of PRIV is awaited, and the client looked after meanwhile
+
     def __init__(self, control: socket.socket, channel: "socket.socket | None", lines: ControlInput) -> None:
         self.control, self.channel, self.lines = control, channel, lines
         self.poller = select.poll()
         self.poller.register(control, select.POLLIN)
-        self.listening = True                           # whether the control connection is being read
         self.channel_fd = -1
         if channel is not None:
             self.channel_fd = channel.fileno()
             self.poller.register(self.channel_fd, select.POLLIN)
-        # the server ends: what is under way may go on till then (monotonic)
-        self.stop_at: "float | None" = None
-        self.stop_text = "The server is shutting down, goodbye"
-        self.on_status: "Callable[[], None] | None" = None      # answers a STAT during a transfer
-        self.outlasting = False                         # what is under way outlasts the control connection
-        self.ended_at: "float | None" = None            # when that ended meanwhile (monotonic)
-        # while a command is awaited: a descriptor, and what is done when it is ready
-        self.aside: "tuple[int, Callable[[], None]] | None" = None
-        self.aside_late: "tuple[float, Callable[[], None]] | None" = None       # what is done at that time (monotonic)
-        self.wishing = False                            # an answer of PRIV is awaited, and the client looked after meanwhile
 
     def watch_aside(self, fd: int, mask: int, action: "Callable[[], None]") -> None:
         """Do `action` when `fd` is ready before the next command is, until watch_nothing_aside()."""
@@ -9816,6 +9817,14 @@ def passive_ports(range_: "tuple[int, int]") -> "Iterator[int]":
 class DataPort:
     """Where the next data connection comes from or goes to."""
 
+    listener: "socket.socket | None" = None
+    arrival: "Arrival | None" = None                        # accepted from a proxy, and not yet known whose it is
+    target: "tuple[str, int] | None" = None                 # PORT, EPRT
+    opened: "socket.socket | None" = None                   # ESTA, ESTP, or it came before the command
+    until = 0.0                                             # till when somebody must connect (monotonic)
+    late = False                                            # nobody did
+    how = ""                                                # for 150: how the last one was made
+
     def __init__(self, attention: Attention, peer: Peer, range_: "tuple[int, int] | None", foreign: bool,
                  receive_buffer: int = 0, proxies: "Proxies | None" = None) -> None:
         self.attention, self.peer, self.range = attention, peer, range_         # None: any port
@@ -9824,13 +9833,6 @@ class DataPort:
         # FXP: other addresses than the client's are welcome (-w, -W)
         self.foreign = foreign
         self.proxies = proxies or Proxies((), None)
-        self.listener: "socket.socket | None" = None
-        self.arrival: "Arrival | None" = None                   # accepted from a proxy, and not yet known whose it is
-        self.target: "tuple[str, int] | None" = None            # PORT, EPRT
-        self.opened: "socket.socket | None" = None              # ESTA, ESTP, or it came before the command
-        self.until = 0.0                                        # till when somebody must connect (monotonic)
-        self.late = False                                       # nobody did
-        self.how = ""                                           # for 150: how the last one was made
 
     def close(self) -> None:
         self.free()
@@ -10958,6 +10960,11 @@ class SessionLoop(Conversation):
     """Greeting, command loop and replies of a session."""
 
     logged_in = True
+    signs = 0                                           # what the relay is told with the next reply: RELAY_TICKET, RELAY_CLEAR
+    current = b"", b""                                  # the command that is being run: (verb, argument)
+    downloaded = uploaded = 0                           # bytes of the whole session
+    counted: "tuple[int, ...]" = (0, 0, 0, 0)           # what of these, and of `files`, PRIV has been told
+    count_due = 0.0                                     # when it is told again (monotonic)
 
     def __init__(self, options: Options, log: Log, handover: Handover) -> None:
         super().__init__(options, log, handover.negotiated, handover.pending, handover.peer.encrypted, handover.host)
@@ -10965,14 +10972,9 @@ class SessionLoop(Conversation):
         self.anonymous = handover.account.anonymous
         self.attention = Attention(handover.control, handover.channel, self.input)
         self.quota = Quota(self.tree, *quota_limits(options, handover.account, handover.trusted), log)
-        self.signs = 0                                  # what the relay is told with the next reply: RELAY_TICKET, RELAY_CLEAR
         self.idle_seconds = float(options.maxidletime)
         self.active_since = time.monotonic()                      # the last command that counts as activity
-        self.current = b"", b""                             # the command that is being run: (verb, argument)
-        self.downloaded = self.uploaded = 0                 # bytes of the whole session
         self.files = [0, 0]                                 # that it has downloaded, and uploaded, whole
-        self.counted: "tuple[int, ...]" = (0, 0, 0, 0)      # what of these PRIV has been told
-        self.count_due = 0.0                                # when it is told again (monotonic)
         self.started = time.time()
         self.logs_due = time.monotonic() + LOGS_SECONDS     # when the transfer logs are looked at again
 
@@ -11218,12 +11220,8 @@ def leads_with_dot(path: bytes) -> bool:
 class FileCommands(SessionLoop):
     """Commands about names, without data connections."""
 
-    def __init__(self, options: Options, log: Log, handover: Handover) -> None:
-        super().__init__(options, log, handover)
-        self.renaming: "bytes | None" = None                # RNFR
-        self.cwd_failures = 0
-        # what SITE CHMOD leaves a directory at least: quotacheck has to look into every one
-        self.least_mode = 0o500 if self.quota.limited else 0
+    renaming: "bytes | None" = None                     # RNFR
+    cwd_failures = 0
 
     def host_path(self, path: bytes) -> bytes:
         """`path` (as the client means it) on the host. Compat: chroot + "/" + absolute path, hence a double slash."""
@@ -11601,7 +11599,7 @@ class FileCommands(SessionLoop):
         if is_directory and os.path.samestat(st, self.tree.stat(b"/")):
             mode |= 0o700                               # nobody locks themselves out
         if is_directory:
-            mode |= self.least_mode
+            mode |= 0o500 if self.quota.limited else 0      # quotacheck has to look into every one
         mode = self.tree.chmod(path, mode)
         self.log.notice("Changed the mode of %s to %o" % (printable(self.host_path(path)), mode))
         self.event("chmod", command=self.command_shown(), path=self.log_path(path), mode="%o" % mode)
@@ -11790,18 +11788,20 @@ class Delivery:
 class TransferCommands(FileCommands):
     """The commands for data connections, and downloads."""
 
+    range: "tuple[int, int | None]" = (0, None)         # REST, RANG: the first byte, and the one behind the last
+    extended_only = False                               # EPSV ALL
+    warned_of_address = warned_of_active = False
+    uploads = 0                                         # STOU's counter
+    aborted_fate = ""                                   # of an upload's beginning, for an ABOR whose own turn is to come
+
     def __init__(self, options: Options, log: Log, handover: Handover) -> None:
         super().__init__(options, log, handover)
         foreign = options.allowanonymousfxp or options.allowuserfxp and not handover.account.anonymous
-        self.range: "tuple[int, int | None]" = (0, None)    # REST, RANG: the first byte, and the one behind the last
-        self.extended_only = False                          # EPSV ALL
-        self.warned_of_address = self.warned_of_active = False
-        self.uploads = 0                                    # STOU's counter
-        self.aborted_fate = ""                              # of an upload's beginning, for an ABOR whose own turn is to come
         libssl = handover.tls and handover.tls.libssl
         self.resumption = Resumption(options.tlssessionreuse, time.monotonic() + TICKET_SECONDS,
                                      bool(libssl and libssl.new_ticket))
-        self.limits_prepare()
+        rates = (options.anonymousbandwidth if self.anonymous else None) or options.userbandwidth or (0, 0)
+        self.rate_up, self.rate_down = self.account.bandwidth_ul or rates[0], self.account.bandwidth_dl or rates[1]
         self.port = DataPort(attention=self.attention, peer=handover.peer, range_=options.passiveportrange,
                              foreign=foreign, receive_buffer=throttle_buffer(self.rate_up),
                              proxies=Proxies(options.proxyfrom, self.log))
@@ -11818,15 +11818,15 @@ class TransferCommands(FileCommands):
             self.attention.watch_nothing_aside()
             self.attention.aside_late = None
 
-    def limits_prepare(self) -> None:
-        """Bandwidth and ratio: the account's own, else the server's."""
+    @cached_property
+    def ratio(self) -> "tuple[int, int]":
+        """The account's own, else the server's; (0, 0): none."""
         account, options = self.account, self.options
-        rates = (options.anonymousbandwidth if account.anonymous else None) or options.userbandwidth or (0, 0)
-        self.rate_up, self.rate_down = account.bandwidth_ul or rates[0], account.bandwidth_dl or rates[1]
-        ratio = options.userratio or (options.anonymousratio if account.anonymous else None) or (0, 0)
+        if self.handover.trusted:
+            return 0, 0
         if account.ratio_ul and account.ratio_dl:
-            ratio = account.ratio_ul, account.ratio_dl
-        self.ratio: "tuple[int, int]" = (0, 0) if self.handover.trusted else (ratio[0], ratio[1])
+            return account.ratio_ul, account.ratio_dl
+        return options.userratio or (options.anonymousratio if account.anonymous else None) or (0, 0)
 
     # -- data connections ----------------------------------------------------------------------------
 
@@ -12162,22 +12162,20 @@ HASH_COMMANDS = {"XCRC": b"CRC32", "XMD5": b"MD5", "XSHA1": b"SHA-1", "XSHA256":
 class HashCommands(TransferCommands):
     """HASH and its relatives."""
 
-    def __init__(self, options: Options, log: Log, handover: Handover) -> None:
-        super().__init__(options, log, handover)
-        self.hash_name = super().hash_selected()            # OPTS HASH
+    hash_name = b""                                     # OPTS HASH; until then the first one
 
     def may_hash(self) -> bool:
         return bool(file_hashes) and (self.options.anonymoushash or not self.anonymous)
 
     def hash_selected(self) -> bytes:
-        return self.hash_name
+        return self.hash_name or super().hash_selected()
 
     def hash_select(self, name: bytes) -> Reply:
         """OPTS HASH (3.2): without a name, which it is."""
         name = name.upper()
         if name and name not in file_hashes:
             raise Refuse(501, "Unknown algorithm, current selection not changed")
-        self.hash_name = name or self.hash_name
+        self.hash_name = name or self.hash_selected()
         return 200, self.hash_name
 
     @command("HASH", missing=(501, "Which file?"), failing=b"%(name)b: %(why)b", feat=lambda self: self.hash_feature())
@@ -12188,8 +12186,9 @@ class HashCommands(TransferCommands):
         """
         first, end = self.take_range()
         path = self.hash_path(argument) or argument
-        digest, behind = self.hash_of(213, self.hash_name, path, first, end)
-        return 213, b"%b %d-%d %b %b" % (self.hash_name, first, behind - (end is not None), digest, path)
+        name = self.hash_selected()
+        digest, behind = self.hash_of(213, name, path, first, end)
+        return 213, b"%b %d-%d %b %b" % (name, first, behind - (end is not None), digest, path)
 
     @command(*HASH_COMMANDS, missing=(501, "Which file?"), failing=b"%(name)b: %(why)b",
              feat=lambda self: "\n".join(verb for verb in HASH_COMMANDS if self.may_hash()) or None)
@@ -15744,7 +15743,6 @@ class Login(NamedTuple):
     consultation: int = 0               # SERVER's permission, for a client behind a TLS process
     quick: bool = False                 # GRANT_QUICK
     permitted: float = 0.0              # when it got in line for a check (monotonic)
-    first: bool = False                 # no login was refused lately
 
 
 def login_account(setup: Setup, request: LoginRequest, peer: Peer) -> Account:
@@ -15761,8 +15759,8 @@ def login_account(setup: Setup, request: LoginRequest, peer: Peer) -> Account:
     return account
 
 
-def login_child(setup: Setup, login: Login, channel: socket.socket) -> None:
-    """A forked child of PRIV: check the credentials as root, become the user, and serve the session."""
+def login_child(setup: Setup, login: Login, channel: socket.socket, first: bool) -> None:
+    """A forked child of PRIV: check credentials as root, become the user, serve the session. `first`: none was refused lately."""
     keep = [login.client, channel.fileno(), login.asker.fileno(), *setup.log.sink.descriptors(), *remembered.fds(),
             *known_names.fds()]
     close_others(keep)
@@ -15782,14 +15780,14 @@ def login_child(setup: Setup, login: Login, channel: socket.socket) -> None:
             remembered.report(channel, PLAIN.pack(REMEMBER, 0))
         except NoLogin as refusal:
             log.warning("Authentication failed for user [%s] [%s]" % (shown or "anonymous", refusal))
-            refusal_event(setup, request, login, str(refusal))
+            refusal_event(setup, request, login, str(refusal), first)
             verdict = VERDICT_WRONG
         else:
             handover = enter(setup, login, account, request, channel)
             verdict = VERDICT_IN
     except Overcrowded as error:
         log.warning("Login refused for user [%s] [%s]" % (shown or "anonymous", error))
-        refusal_event(setup, request, login, str(error))
+        refusal_event(setup, request, login, str(error), first)
         verdict = VERDICT_LIMIT
     except DatabaseDown:
         pass                                                # the log has it
@@ -15808,7 +15806,7 @@ def login_child(setup: Setup, login: Login, channel: socket.socket) -> None:
         session_begin(setup.options, log, handover)
 
 
-def refusal_event(setup: Setup, request: LoginRequest, login: Login, reason: str) -> None:
+def refusal_event(setup: Setup, request: LoginRequest, login: Login, reason: str, first: bool) -> None:
     """Tell the logs that record events (-O json:) of a login that was refused, and the log what may be wrong, the first time.
     What needs root is over once they are open.
     """
@@ -15819,7 +15817,7 @@ def refusal_event(setup: Setup, request: LoginRequest, login: Login, reason: str
         become(*nobody)
     transferlog_event(logs, "refusal", request.user, login.peer.address, time.time(), address=login.peer.address,
                       tls=request.negotiated.tls, reason=reason)
-    for told in backends_stale(setup.options) if login.first else ():
+    for told in backends_stale(setup.options) if first else ():
         setup.log.warning(told)
 
 
@@ -16552,7 +16550,7 @@ class LoginKeeper(PortKeeper):
 
     def check_in_child(self, login: Login, channel: socket.socket) -> None:
         self.forget_secrets(login.tls)
-        login_child(self.setup, login._replace(first=time.monotonic() >= self.refused_due), channel)
+        login_child(self.setup, login, channel, first=time.monotonic() >= self.refused_due)
 
     def check_done(self, child: Child) -> None:
         if self.checking.pop(child.pid, None) is not None:
