@@ -322,22 +322,23 @@ class LibC:
 
     def __init__(self) -> None:
         self.titles: "dict[str, bytes]" = {}            # what process_title() writes for each
-        self.handlers: "dict[int, Any]" = {}            # addresses of signal handlers that signal_default() has replaced
-        self.title_area = (0, 0, 0)       # address of argv; its length; the length with environ; 0 where unknown
+        self.title_area = memoryview(b"")               # argv and environ, where they are known
+        self.title_arguments = 0                        # the length of argv
         try:
             ctypes = ctypes_load()
             self.ctypes: Any = ctypes
             self.library: Any = ctypes.CDLL(None, use_errno=True)
         except (ImportError, OSError):
             self.ctypes = self.library = None
-        # syscall(2) of four arguments (numbers, bytes, None), and signal(2): with their types known they cost half
+        # syscall(2) of four arguments (numbers, bytes, None): with their types known they cost half
         self.four: Any = None
-        self.signal: Any = None
-        if self.library is not None:
+        if self.library is not None and sys.platform.startswith("linux"):
             long, word = self.ctypes.c_long, self.ctypes.c_void_p
-            self.signal = self.ctypes.CFUNCTYPE(word, self.ctypes.c_int, word)(("signal", self.library))
-            if sys.platform.startswith("linux"):
-                self.four = self.ctypes.CFUNCTYPE(long, long, word, word, word, word, use_errno=True)(("syscall", self.library))
+            self.four = self.ctypes.CFUNCTYPE(long, long, word, word, word, word, use_errno=True)(("syscall", self.library))
+
+    def memory_at(self, address: int, length: int) -> memoryview:
+        """So much of this process's memory."""
+        return memoryview((self.ctypes.c_char * length).from_address(address)).cast("B")
 
     def call(self, function: str, *args: Any) -> int:
         """What the C function returns; OSError with its errno when that is -1, ENOSYS when it does not exist."""
@@ -381,7 +382,7 @@ def title_area_prepare(name: str) -> None:
     for key, value in os.environb.items():
         os.putenv(key, value)
     libc.library.prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
-    libc.title_area = arg_start, arg_end - arg_start, env_end - arg_start
+    libc.title_area, libc.title_arguments = libc.memory_at(arg_start, env_end - arg_start), arg_end - arg_start
 
 
 def process_title(title: str) -> None:
@@ -389,17 +390,16 @@ def process_title(title: str) -> None:
 
     The kernel shows the arguments' old extent, or up to the first NUL where that extent no longer ends in one.
     """
-    address, arguments, length = libc.title_area
-    if length:
+    if libc.title_area:
         text = libc.titles.get(title)
         if text is None:
-            text = title.encode()[:length - 1]
-            text = libc.titles[title] = text + b"\0" * max(1, arguments - len(text))
-        libc.ctypes.memmove(address, text, len(text))
+            text = title.encode()[:len(libc.title_area) - 1]
+            text = libc.titles[title] = text + b"\0" * max(1, libc.title_arguments - len(text))
+        libc.title_area[:len(text)] = text
 
 
-# where the bytes of an object begin; 0 where that is not known
-WIPE_AT = bytes.__basicsize__ - 1 if libc.library is not None and sys.implementation.name == "cpython" else 0
+# all that has an address, for wipe(): a call through ctypes costs a fresh child ten times as much
+MEMORY = libc.memory_at(0, 1 << 47) if libc.library is not None and sys.implementation.name == "cpython" else None
 
 
 def wipe(*secrets: bytes) -> None:
@@ -409,8 +409,9 @@ def wipe(*secrets: bytes) -> None:
     CPython's only, and not for objects that it shares: those of one byte and of none.
     """
     for secret in secrets:
-        if len(secret) > 1 and WIPE_AT:
-            libc.ctypes.memset(id(secret) + WIPE_AT, 0, len(secret))
+        if len(secret) > 1 and MEMORY is not None:
+            first = id(secret) + bytes.__basicsize__ - 1
+            MEMORY[first:first + len(secret)] = bytes(len(secret))
 
 
 def random_secret(size: int) -> bytes:
@@ -423,23 +424,23 @@ def random_secret(size: int) -> bytes:
 
 
 SIGTERM = int(signal.SIGTERM)
+signal_handler: "Callable[[int, Any], Any]" = signal.signal
+try:                                                    # without enums, on which a fresh child spends 0.3 ms (copied pages)
+    from _signal import signal as signal_handler        # type: ignore[import-not-found, no-redef]
+except ImportError:
+    pass
+handlers_replaced: "dict[int, Any]" = {}                # by signal_default()
 
 
 def signal_default(number: int) -> None:
-    """Let a signal end this process again.
-
-    signal.signal() would spend 0.3 ms of a fresh child on its enums (copied pages).
-    """
-    if libc.library is not None:
-        libc.handlers[number] = libc.signal(number, None)
-    else:
-        signal.signal(number, signal.SIG_DFL)
+    """Let a signal end this process again."""
+    handlers_replaced[number] = signal_handler(number, 0)
 
 
 def signal_restore(number: int) -> None:
     """Have Python's handler called again, after signal_default()."""
-    if number in libc.handlers:
-        libc.signal(number, libc.handlers[number])
+    if number in handlers_replaced:
+        signal_handler(number, handlers_replaced[number])
 
 
 at_termination: "list[Callable[[], None]]" = []         # what SIGTERM does in a process that does not end by it
@@ -477,6 +478,18 @@ def landlock_abi() -> int:
         return 0
 
 
+@cache
+def landlock_handled(everywhere: bool) -> "tuple[bytes, int]":
+    """(struct landlock_ruleset_attr, rights to files), b"" where there is no such Landlock. PRIV asks for all its children."""
+    abi = landlock_abi()
+    if abi < (1 if everywhere else 2):                  # the first one would forbid to rename from one directory to another
+        return b"", 0
+    rights = LANDLOCK_RIGHTS_BY_ABI[min(abi, len(LANDLOCK_RIGHTS_BY_ABI) - 1)]
+    network = LANDLOCK_NET if everywhere and abi >= LANDLOCK_NET_ABI else 0
+    scope = LANDLOCK_SCOPE if abi >= LANDLOCK_SCOPE_ABI else 0
+    return struct.pack("=QQQ", rights, network, scope), rights      # zeros that a kernel does not know of are no error
+
+
 def landlock_confine(directory: "int | None") -> bool:
     """Whether this process may from now on touch files below `directory` (a descriptor) only; None: no file at all, and no TCP
     port either.
@@ -484,15 +497,10 @@ def landlock_confine(directory: "int | None") -> bool:
     landlock(7). Needs no_new_privs. False where the kernel has no Landlock. Files that are open already stay usable. Kernels
     that can also keep it from signalling processes outside, and from their abstract Unix sockets.
     """
-    abi = landlock_abi()
-    if abi < (1 if directory is None else 2):           # the first one would forbid to rename from one directory to another
+    handled, rights = landlock_handled(directory is None)
+    if not handled:
         return False
     try:
-        rights = LANDLOCK_RIGHTS_BY_ABI[min(abi, len(LANDLOCK_RIGHTS_BY_ABI) - 1)]
-        network = LANDLOCK_NET if directory is None and abi >= LANDLOCK_NET_ABI else 0
-        scope = LANDLOCK_SCOPE if abi >= LANDLOCK_SCOPE_ABI else 0
-        # zeros that a kernel does not know of are no error
-        handled = struct.pack("=QQQ", rights, network, scope)
         ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, handled, len(handled), 0, 0)
         try:
             if directory is not None:
@@ -3582,6 +3590,8 @@ def access_is_trusted(trusted: "tuple[str, ...]", peer: Peer) -> bool:
 
 def access_check(record: PasswdRecord, peer: Peer, now: float, log: Log) -> None:
     """Raise NoLogin unless the rules of a PasswdRecord allow this client, at this address of ours, at this time."""
+    if not any(record[13:]):                                # no rules
+        return
     if not access_allows(peer.address, record.allow_client, record.deny_client, log):
         raise NoLogin(f"the account may not be used from {address_text(peer.address)}")
     if not access_allows(peer.local_address, record.allow_local, record.deny_local, log):
@@ -6096,7 +6106,8 @@ def login_parse(message: bytes) -> LoginRequest:
     kind, number, flags, facts, *lengths, marks, told = LOGIN_HEAD.unpack_from(message)
     if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(map(gt, lengths, LOGIN_LIMITS)):
         raise MessageError("LOGIN whose lengths do not add up")
-    user, password, client, sni, pending = struct.unpack_from("%ds%ds%ds%ds%ds" % (*lengths,), message, LOGIN_HEAD.size)
+    ends = [*accumulate(lengths, initial=LOGIN_HEAD.size)]
+    user, password, client, sni, pending = [message[start:end] for start, end in zip(ends, ends[1:])]
     return LoginRequest(id=number, user=user, password=password, pending=pending, marks=marks, told=told,
                         negotiated=Negotiated.from_message(flags, facts, client, sni))
 
@@ -6479,6 +6490,10 @@ class WalkedTree:
         with self.place(path, follow=path[-1:] == b"/") as (at, name):
             return os.stat(name, dir_fd=at, follow_symlinks=False)
 
+    def lacks(self, name: bytes) -> bool:
+        """Whether it is certain, and cheap to know, that nothing of that name is in the working directory."""
+        return False
+
     def readlink(self, path: bytes) -> bytes:
         with self.place(path, follow=False) as (at, name):
             return os.readlink(name, dir_fd=at)
@@ -6725,6 +6740,9 @@ class WalkedTree:
 
 class RootedTree(WalkedTree):
     """A tree that the kernel walks, confined by open_in_root(). For roots that hold none of the server's own files."""
+
+    def lacks(self, name: bytes) -> bool:
+        return self.cwd == b"/" and not os.access(name, os.F_OK, dir_fd=self.root, follow_symlinks=False)
 
     def reach(self, path: bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
         """A descriptor; -1 when that is to be walked: a `..`, which the kernel is not given; a path too long for it; or
@@ -9461,6 +9479,7 @@ POLL_MAX = (1 << 31) - 1            # milliseconds that poll(2) takes: 24 days, 
 ENDED_TEXT = "This session was ended by the administrator, goodbye"
 STOP_SECONDS = 10                   # grace for running transfers when the server stops
 SEND_SECONDS = 60                   # a client that takes no reply for so long is gone
+SEND_TIMEOUT = struct.pack("@ll", SEND_SECONDS, 0)
 ORPHAN_SECONDS = 10                 # between two pieces of an upload whose client has closed the control connection
 CONTROL_READ = 16384                # bytes asked from the control connection at a time
 EVENTS_AT_ONCE = 32                 # of all that wait for a Poller
@@ -9569,6 +9588,11 @@ class Attention:
         if listening != self.listening and self.ended_at is None:
             self.listening = listening
             self.poller.modify(self.control, select.POLLIN if listening else 0)
+
+    def unread(self) -> bool:
+        """Whether there is something on the control connection, or its end, that was not read."""
+        self.listen(True)
+        return self.control.fileno() in dict(self.poller.poll(0))
 
     def read_control(self) -> None:
         try:
@@ -10528,8 +10552,8 @@ class ClientTls(NamedTuple):
     libssl: "LibSSL | None"
 
     def put_keys(self) -> None:
-        """In a child: the ticket keys go into its copy of the context. Raises OSError."""
-        if self.libssl is not None:
+        """In a child: the ticket keys go into its copy of the context, once. Raises OSError."""
+        if self.libssl is not None and any(self.ticket_keys):
             self.libssl.ticket_keys_set(self.context, self.ticket_keys)
             wipe(self.ticket_keys)
 
@@ -10659,9 +10683,10 @@ class Resumption:
         return True
 
 
-def data_wrapped(context: Any, sock: socket.socket) -> Any:
+def data_wrapped(tls: ClientTls, sock: socket.socket) -> Any:
     """The SSLSocket that takes the place of a data connection, before its handshake."""
-    return context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
+    tls.put_keys()
+    return tls.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False)
 
 
 class EarlyHandshake:
@@ -10705,7 +10730,7 @@ class EarlyHandshake:
             if sock is not self.sock:
                 sock.recv(1, socket.MSG_PEEK)
                 self.tls.context.num_tickets = 0
-                wrapped = self.sock = self.port.opened = data_wrapped(self.tls.context, sock)
+                wrapped = self.sock = self.port.opened = data_wrapped(self.tls, sock)
             wrapped.do_handshake()
             self.over = wrapped
         except ssl.SSLWantWriteError:
@@ -10735,7 +10760,7 @@ class TlsStream(Stream):
         self.sock: Any = sock
         try:
             if not isinstance(sock, ssl.SSLSocket):
-                self.sock = data_wrapped(tls.context, sock)
+                self.sock = data_wrapped(tls, sock)
             self.patiently(self.sock.do_handshake)
         except BaseException as error:
             self.sock.close()
@@ -11053,9 +11078,8 @@ class SessionLoop(Conversation):
         try:
             if end.args:
                 self.reply(*end.args)
-                self.control.setblocking(False)
                 for _ in range(GOODBYE_READS):          # unread input would turn our goodbye into a reset
-                    if not self.control.recv(65536):
+                    if not self.attention.unread() or not self.control.recv(65536):
                         break
         except (Hangup, OSError):
             pass
@@ -11127,6 +11151,8 @@ class SessionLoop(Conversation):
     def text_file(self, name: bytes) -> "list[bytes]":
         """The lines of .banner or .message in the working directory, fit for a reply; none when there is no such file.
         """
+        if self.tree.lacks(name):
+            return []
         try:
             fd = self.tree.open(name, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:
@@ -15276,7 +15302,8 @@ def setup_read(options: Options, log: Log, privileges: Privileges, old: "Setup |
     empty = statedir_empty(options.statedir)
     if in_tmpfs(options.statedir) and mmap is not None:     # this, and what follows, for all children
         area_kind(SCOREBOARD_LAYOUT.size)
-    landlock_abi()
+    for everywhere in (False, True):
+        landlock_handled(everywhere)
     can_open_in_root()
     if not options.anonymousonly:
         authentication_preload(options, log)
@@ -15538,15 +15565,14 @@ LOGIN_AS_ROOT = {
     "Errors that carry intent":
         "printable",
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.call MemoryFile.__init__ MemoryFile.close MemoryFile.fds area_kind ctypes_load file_map in_tmpfs "
-        "mmap_of_libc process_begin process_telling wipe",
+        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds area_kind ctypes_load "
+        "file_map in_tmpfs mmap_of_libc process_begin process_telling wipe",
     "Options":
         "did_you_mean",
     "Values of options":
         "Network.holds is_digits network_prefix one_of parse_network parse_path whole whole_number",
     "Log":
-        "Log.__init__ Log.error Log.of Log.warning Log.write LogSink.descriptors LogSink.put LogSink.write LogSink.write_line "
-        "log_bytes log_text",
+        "Log.error Log.warning Log.write LogSink.descriptors LogSink.put LogSink.write LogSink.write_line log_bytes log_text",
     "Password hashes":
         "argon2_from_cffi argon2_from_libargon2 argon2_from_libsodium argon2_functions argon2_reference argon2_verify "
         "base64_decoded "
@@ -15651,7 +15677,8 @@ def home_of(options: Options, account: Account) -> Home:
     trusted = options.trustedgid is not None and options.trustedgid in (account.groups or (account.gid,))
     top, dot, below = account.home.partition(b"/./")
     if dot or account.home.endswith(b"/."):
-        return Home((top if dot else account.home[:-2]) or b"/", b"/" + b"/".join(path_parts(below)), True, trusted)
+        start = b"/" + b"/".join(path_parts(below)) if below else b"/"
+        return Home((top if dot else account.home[:-2]) or b"/", start, True, trusted)
     quota = quota_limits(options, account, trusted) != (None, None)
     if account.anonymous or options.chrooteveryone or quota or options.trustedgid is not None and not trusted:
         return Home(account.home, b"/", True, trusted)
@@ -15764,8 +15791,8 @@ def login_child(setup: Setup, login: Login, channel: socket.socket, first: bool)
     keep = [login.client, channel.fileno(), login.asker.fileno(), *setup.log.sink.descriptors(), *remembered.fds(),
             *known_names.fds()]
     close_others(keep)
-    log, privileges = setup.log.of(login.peer.address), setup.privileges
-    setup = setup._replace(log=log)
+    log, privileges = setup.log, setup.privileges
+    log.who = "?@" + login.peer.address                     # from now on this process is a client's
     signal.alarm(LOGIN_CHECK_SECONDS)
     handover, verdict, shown = None, VERDICT_BROKEN, ""
     try:
@@ -15855,7 +15882,7 @@ def enter(setup: Setup, login: Login, account: Account, request: LoginRequest, c
     names = listing_names([account.uid] * known, [account.gid] * known, home.locked)
     known_names.close()
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
-    control = socket.socket(fileno=login.client)
+    control = socket.socket(type=socket.SOCK_STREAM, proto=0, fileno=login.client)
     tree, root = settle(setup, account, home)
     control_prepare(control)
     return Handover(account=account, peer=peer, tree=tree, control=control, channel=channel, negotiated=request.negotiated,
@@ -15963,7 +15990,7 @@ def home_obstacle(above: bytes, path: bytes) -> str:
 def control_prepare(control: socket.socket) -> None:
     """A client that takes no reply for long is gone; urgent data (telnet's Synch) comes in line."""
     control.setblocking(True)
-    control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_SECONDS, 0))
+    control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, SEND_TIMEOUT)
     try:
         control.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     except OSError:
@@ -16605,11 +16632,10 @@ class LoginKeeper(PortKeeper):
                 child.forget_tls()
         if self.setup.certificates is not None:
             self.setup.certificates.contexts.clear()            # OpenSSL overwrites keys that it frees
-        if tls is not None:
-            tls.put_keys()
-        wipe(*[login.message for login, _ in (*self.waiting, *self.consulting.values())])
-        self.waiting.clear()
-        self.consulting.clear()
+        if self.waiting or self.consulting:
+            wipe(*[login.message for login, _ in (*self.waiting, *self.consulting.values())])
+            self.waiting.clear()
+            self.consulting.clear()
 
 # ==== PRIV: tools of the administrator ============================================================
 # ftpwho --kick, --ban, --unban, --bans and --serve ask through a socket in StateDir: CONTROL_ASK, of fixed size, is answered by
@@ -17040,6 +17066,7 @@ class Monitor(ToolKeeper):
     def tls_child(self, client: int, tls: ClientTls, negotiated: Negotiated, peer: Peer, age: float,
                   channel: socket.socket) -> None:
         self.forget_secrets(tls)
+        tls.put_keys()
         setup = self.setup
         close_others([channel.fileno(), client] + setup.log.sink.descriptors())
         log = setup.log.of(peer.address)

@@ -295,7 +295,7 @@ class Layout(unittest.TestCase):
             "readlink": {"os.readlink"}, "rename": {"os.rename", "os.stat"}, "rmdir": {"os.rmdir"}, "stat": {"os.stat"},
             "symlink": {"os.symlink"}, "unlink": {"os.unlink"}, "step": {"os.open"}, "utime": {"os.stat", "os.utime"},
             # RootedTree
-            "reach": {"open_in_root"}, "look": {"os.stat"},
+            "reach": {"open_in_root"}, "look": {"os.stat"}, "lacks": {"os.access"},
             # listings: names that scandir(3) has just told, and the descriptor of their directory
             "directory_names": {"os.scandir"}, "leftovers_remove": {"os.scandir"}, "mlsd_lines": {"os.lstat"},
             "mlsd_produce": {"os.statvfs"}, "parent_of": {"os.statvfs"},
