@@ -398,8 +398,9 @@ def process_title(title: str) -> None:
         libc.title_area[:len(text)] = text
 
 
-# all that has an address, for wipe(): a call through ctypes costs a fresh child ten times as much
-MEMORY = libc.memory_at(0, 1 << 47) if libc.library is not None and sys.implementation.name == "cpython" else None
+WIPES = libc.library is not None and sys.implementation.name == "cpython"
+# all that has an address, for wipe(), as a call through ctypes costs a fresh child more; of 32 bits that would be half of it
+MEMORY = libc.memory_at(0, sys.maxsize) if WIPES and sys.maxsize > 1 << 32 else None
 
 
 def wipe(*secrets: bytes) -> None:
@@ -409,9 +410,12 @@ def wipe(*secrets: bytes) -> None:
     CPython's only, and not for objects that it shares: those of one byte and of none.
     """
     for secret in secrets:
-        if len(secret) > 1 and MEMORY is not None:
+        if len(secret) > 1 and WIPES:
             first = id(secret) + bytes.__basicsize__ - 1
-            MEMORY[first:first + len(secret)] = bytes(len(secret))
+            if MEMORY is not None:
+                MEMORY[first:first + len(secret)] = bytes(len(secret))
+            else:
+                libc.ctypes.memset(first, 0, len(secret))
 
 
 def random_secret(size: int) -> bytes:

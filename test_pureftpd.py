@@ -1620,6 +1620,18 @@ class WithoutProc(unittest.TestCase):
         self.assertEqual(done.stdout.split(), [b"joe", b"/home/joe", b"0", b"0", b"True"])
 
 
+class Wiping(unittest.TestCase):
+    @unittest.skipUnless(pureftpd.WIPES, "needs CPython's ctypes")
+    def test_nothing_is_left_of_secrets(self):
+        for memory in (pureftpd.MEMORY, None):                      # None: addresses of 32 bits
+            with self.subTest(memory), mock.patch.object(pureftpd, "MEMORY", memory):
+                secrets = [bytes(bytearray(secret)) for secret in (b"secret", b"another", b"x", b"")]
+                before, behind = bytes(bytearray(b"before")), bytes(bytearray(b"behind"))
+                pureftpd.wipe(*secrets)
+                self.assertEqual(secrets, [bytes(6), bytes(7), b"x", b""])
+                self.assertEqual((before, behind), (b"before", b"behind"))
+
+
 # ==== Memory that processes share =================================================================
 # What is done to it before the first fork, each in a process of its own. (Objects that are not counted: SharedObjects.)
 
