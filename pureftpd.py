@@ -6245,12 +6245,13 @@ class ControlInput:
 
     def line(self) -> "bytes | None":
         """The next command, None when none is complete. Raises Hangup when it is longer than LINE_MAX."""
-        end = self.buffer.find(b"\n", self.start)
-        if (end if end >= 0 else len(self.buffer)) - self.start > LINE_MAX:
+        buffer, start = self.buffer, self.start
+        end = buffer.find(b"\n", start)
+        if (end if end >= 0 else len(buffer)) - start > LINE_MAX:
             raise Hangup(421, "That line is too long, goodbye")
         if end < 0:
             return None
-        raw = self.buffer[self.start:end - self.buffer.endswith(b"\r", self.start, end)]
+        raw = buffer[start:end - buffer.endswith(b"\r", start, end)]
         self.start = end + 1
         line = command_line(raw)
         if line is not raw and raw[:4].upper() == b"PASS":
@@ -14751,8 +14752,7 @@ class TlsDoor(Door):
         self.tls: Any = tls_begin(context, sock)            # None: in the clear, after CCC
         self.read: "Callable[[int], bytes]" = self.tls.read
         self.write: "Callable[[bytes], int]" = self.tls.write
-        self.visitor = Visitor(door=self, sock=sock, peer=peer._replace(encrypted=True), log=log, negotiated=negotiated,
-                               since=time.monotonic() - age)
+        self.visitor = Visitor(door=self, sock=sock, peer=peer, log=log, negotiated=negotiated, since=time.monotonic() - age)
         self.poller = select.poll()
         self.poller.register(sock, select.POLLIN)
         self.poller.register(channel, select.POLLIN)
@@ -14877,13 +14877,13 @@ class TlsDoor(Door):
         self.relay, theirs = socket.socketpair()
         self.hand_session_over(self.relay)
         message = visitor.login_request(self.last_id, user, password)
-        with theirs:
-            try:
-                socket.send_fds(self.channel, [message], [theirs.fileno()])
-            except OSError:
-                raise Hangup(*LOGIN_LINES[VERDICT_BROKEN]) from None
-            finally:
-                wipe(message, password)
+        try:
+            socket.send_fds(self.channel, [message], [theirs.fileno()])
+        except OSError:
+            raise Hangup(*LOGIN_LINES[VERDICT_BROKEN]) from None
+        finally:
+            theirs.close()
+            wipe(message, password)
         visitor.checked_as(self.last_id)
 
     def hand_session_over(self, relay: socket.socket) -> None:
@@ -14963,9 +14963,10 @@ class TlsDoor(Door):
         self.poller.register(relay, select.POLLIN)
         self.poller.modify(self.sock, select.POLLIN)
         self.to_session(relay, self.visitor.input.pending()[PENDING_MAX:])      # for which the LOGIN had no room
+        session, poll = relay.fileno(), self.poller.poll
         while True:
-            for fd, _ in self.poller.poll():
-                if fd == relay.fileno():
+            for fd, _ in poll():
+                if fd == session:
                     self.from_session(relay)
                 else:
                     self.from_client(relay)
@@ -15061,7 +15062,6 @@ class Setup(NamedTuple):
     log: Log
     privileges: Privileges
     statedir: str
-    empty: bytes                        # the directory SERVER and TLS are caged in
     aliases: "dict[bytes, bytes]"
     greeting: Greeting
     certificates: "Certificates | None" # with -Y
@@ -15303,7 +15303,7 @@ def setup_read(options: Options, log: Log, privileges: Privileges, old: "Setup |
         if directory:
             log.warning(f"The log {path}: {directory} is not root's alone; who puts a link there can have root write elsewhere")
     statedir_prepare(options.statedir)
-    empty = statedir_empty(options.statedir)
+    statedir_empty(options.statedir)
     if in_tmpfs(options.statedir) and mmap is not None:     # this, and what follows, for all children
         area_kind(SCOREBOARD_LAYOUT.size)
     for everywhere in (False, True):
@@ -15318,8 +15318,8 @@ def setup_read(options: Options, log: Log, privileges: Privileges, old: "Setup |
     logs, fifos = transferlogs_open(options.altlog, log), transferlogs_keep(options.altlog)
     for transferlog in logs:                                # sessions open them; what is wrong is told now
         os.close(transferlog.fd)
-    return Setup(options=options, log=log, privileges=privileges, statedir=options.statedir, empty=os.fsencode(empty),
-                 aliases=aliases, greeting=greeting, certificates=certificates, own=own, anonymous_root=anonymous, fifos=fifos)
+    return Setup(options=options, log=log, privileges=privileges, statedir=options.statedir, aliases=aliases,
+                 greeting=greeting, certificates=certificates, own=own, anonymous_root=anonymous, fifos=fifos)
 
 
 def certificates_read(options: Options, log: Log, before: "Certificates | None") -> "Certificates | None":
@@ -15470,7 +15470,7 @@ def tool_become(uid: int, gid: int) -> None:
         os.setgid(gid)
 
 
-def confine(directory: "int | bytes") -> bool:
+def confine(directory: "int | bytes | str") -> bool:
     """chroot(2) into a directory (path or descriptor) and stand at its top; False where that is forbidden (some
     containers).
     """
@@ -15493,11 +15493,10 @@ def give_up_for_all(log: Log, options: Options) -> None:
         log.notice("No seccomp here: processes are held by their rights alone")
 
 
-def cage(privileges: Privileges, empty: bytes, log: Log, options: Options) -> None:
+def cage(privileges: Privileges, statedir: str, log: Log, options: Options) -> None:
     """SERVER and TLS: the privsep user for good, in an empty directory (or where no file can be touched), unable to fork."""
     import resource
-    missing = []
-    statedir_empty(os.fsdecode(os.path.dirname(empty)))
+    missing, empty = [], statedir_empty(statedir)
     if privileges.root:
         if not confine(empty):
             missing.append("chroot")
@@ -16115,7 +16114,7 @@ def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
                 tls = ClientTls(context, random_secret(TICKET_KEYS), certificates.libssl)
                 tls.put_keys()
                 door = TlsDoor(options=options, log=log, sock=sock, channel=channel, tls=tls, negotiated=Negotiated(),
-                               peer=PEER_NOBODY, greeting=setup.greeting)
+                               peer=PEER_NOBODY._replace(encrypted=True), greeting=setup.greeting)
                 rehearse_door(door)
         finally:
             signal.alarm(0)                             # which would have ended a TLS process
@@ -16904,7 +16903,7 @@ class Monitor(ToolKeeper):
         keep += [self.inetd.fileno()] if self.inetd else []
         close_others(keep)
         privsep_priv_user(setup.privileges)
-        cage(setup.privileges, setup.empty, setup.log, setup.options)
+        cage(setup.privileges, setup.statedir, setup.log, setup.options)
         defender = Defender(setup.options.banafter, setup.options.bantime, setup.options.neverban)
         defender.recall(self.familiar, self.bans)
         server = Server(options=setup.options, log=setup.log, channel=channel, listeners=self.listeners, sessions=sessions,
@@ -17076,7 +17075,7 @@ class Monitor(ToolKeeper):
         log = setup.log.of(peer.address)
         privsep_priv_user(setup.privileges)
         descriptors_few()
-        cage(setup.privileges, setup.empty, log, setup.options)
+        cage(setup.privileges, setup.statedir, log, setup.options)
         TlsDoor(options=setup.options, log=log, sock=socket.socket(fileno=client), channel=channel, tls=tls,
                 negotiated=negotiated, peer=peer, greeting=setup.greeting, age=age).run()
 
@@ -19710,7 +19709,7 @@ def ftpwho_serve(statedir: str, host: str, port: int) -> int:
     os.close(statedir_open(statedir, reading=True))
     if not any(os.path.lexists(os.path.join(statedir, name)) for name in ("empty", CONTROL_NAME)):
         raise ConfigError(f"StateDir {statedir}: no server has used it")
-    empty = os.fsencode(statedir_empty(statedir))
+    statedir_empty(statedir)
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     ours, theirs = socket.socketpair()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -19721,7 +19720,7 @@ def ftpwho_serve(statedir: str, host: str, port: int) -> int:
         ftpwho_http(b"GET / HTTP/1.0\r\n\r\n", lambda question: (200, b""), host)       # loads what cannot be loaded later
         close_others([listener.fileno(), theirs.fileno()])
         no_new_privs()
-        cage(privileges, empty, log, Options(nosandbox=False))
+        cage(privileges, statedir, log, Options(nosandbox=False))
         FtpwhoWeb(listener, theirs, host).run()
         return 0
     pid = process_begin(work)

@@ -17698,8 +17698,8 @@ class ProcessMessages(unittest.TestCase):
         self.log, self.forks, self.before = KeptLog(), [], len(os.listdir("/proc/self/fd"))
         account = pureftpd.privsep_account()._replace(root=False)
         fields = dict.fromkeys(pureftpd.Setup._fields)
-        fields.update(options=self.options, log=self.log, privileges=account, statedir="/nonexistent", empty=b"/nonexistent",
-                      aliases={}, anonymous_root=b"/")
+        fields.update(options=self.options, log=self.log, privileges=account, statedir="/nonexistent", aliases={},
+                      anonymous_root=b"/")
         self.monitor = pureftpd.Monitor(pureftpd.Setup(**fields), [], [])
         self.monitor.fork = self.no_fork
         self.addCleanup(self.check_nothing_is_left)
