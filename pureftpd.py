@@ -321,7 +321,6 @@ class LibC:
     """libc's functions, or `None` for `library` where ctypes or the symbols cannot be had."""
 
     def __init__(self) -> None:
-        self.titles: "dict[str, bytes]" = {}            # what process_title() writes for each
         self.title_area = memoryview(b"")               # argv and environ, where they are known
         self.title_arguments = 0                        # the length of argv
         try:
@@ -391,15 +390,19 @@ def process_title(title: str) -> None:
     The kernel shows the arguments' old extent, or up to the first NUL where that extent no longer ends in one.
     """
     if libc.title_area:
-        text = libc.titles.get(title)
-        if text is None:
-            text = title.encode()[:len(libc.title_area) - 1]
-            text = libc.titles[title] = text + b"\0" * max(1, libc.title_arguments - len(text))
+        text = title_text(title)
         libc.title_area[:len(text)] = text
 
 
+@cache
+def title_text(title: str) -> bytes:
+    """What process_title() writes. PRIV asks for all its children."""
+    text = title.encode()[:len(libc.title_area) - 1]
+    return text + b"\0" * max(1, libc.title_arguments - len(text))
+
+
 WIPES = libc.library is not None and sys.implementation.name == "cpython"
-# all that has an address, for wipe(), as a call through ctypes costs a fresh child more; of 32 bits that would be half of it
+# all that has an address, as a call through ctypes costs a fresh child more; None on 32 bits, where this would be half of it
 MEMORY = libc.memory_at(0, sys.maxsize) if WIPES and sys.maxsize > 1 << 32 else None
 
 
@@ -608,13 +611,9 @@ def file_map(fd: int, size: int, access: int = MMAP_READ | MMAP_WRITE) -> "memor
     For a tmpfs. A file on a disk that is full or broken would end the process (SIGBUS).
     """
     address = mmap(None, size, access, MMAP_SHARED, fd, 0) if mmap is not None else 0
-    return memoryview(area_kind(size).from_address(address)).cast("B") if address and address != MMAP_FAILED else None
-
-
-@cache
-def area_kind(size: int) -> Any:
-    """The C type of so many bytes. PRIV asks first: making it costs each child 0.1 ms."""
-    return libc.ctypes.c_char * size
+    if not address or address == MMAP_FAILED:
+        return None
+    return MEMORY[address:address + size] if MEMORY is not None else libc.memory_at(address, size)
 
 
 class MemoryFile:
@@ -15304,8 +15303,7 @@ def setup_read(options: Options, log: Log, privileges: Privileges, old: "Setup |
             log.warning(f"The log {path}: {directory} is not root's alone; who puts a link there can have root write elsewhere")
     statedir_prepare(options.statedir)
     statedir_empty(options.statedir)
-    if in_tmpfs(options.statedir) and mmap is not None:     # this, and what follows, for all children
-        area_kind(SCOREBOARD_LAYOUT.size)
+    in_tmpfs(options.statedir)                              # this, and what follows, for all children
     for everywhere in (False, True):
         landlock_handled(everywhere)
     can_open_in_root()
@@ -15568,8 +15566,8 @@ LOGIN_AS_ROOT = {
     "Errors that carry intent":
         "printable",
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds area_kind ctypes_load "
-        "file_map in_tmpfs mmap_of_libc process_begin process_telling wipe",
+        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds ctypes_load file_map "
+        "in_tmpfs mmap_of_libc process_begin process_telling wipe",
     "Options":
         "did_you_mean",
     "Values of options":
@@ -23174,6 +23172,8 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
 
 def memory_prepare(setup: Setup) -> None:
     """Before the first fork: what all children share becomes as good as it gets. Not for one client of inetd's."""
+    for title in PROCESS_TITLES.values():
+        title_text(title)
     if REHEARSALS:
         rehearse(setup, REHEARSALS)
         code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1]]))

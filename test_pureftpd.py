@@ -17878,7 +17878,8 @@ class ProcessMessages(unittest.TestCase):
             os.close(reader)
             os.waitpid(pid, 0)
         self.assertEqual(told, [b"0", b"1"])
-        page = pureftpd.libc.ctypes.c_void_p(pureftpd.libc.ctypes.addressof(queue.shared.obj))
+        ctypes = pureftpd.libc.ctypes
+        page = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(queue.shared)))
         for access in (pureftpd.MMAP_WRITE, pureftpd.MMAP_READ | pureftpd.MMAP_WRITE):
             with self.assertRaises(PermissionError):
                 pureftpd.libc.call("mprotect", page, 1, access)
