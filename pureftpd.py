@@ -1446,7 +1446,10 @@ def is_digits(text: "str | bytes") -> bool:
 
 def whole_number(text: "str | bytes", most: int = 2**63 - 1, least: int = 0) -> "int | None":
     """The number in `text` when it is_digits() and not beyond the limits; else None."""
-    return int(text) if is_digits(text) and least <= int(text) <= most else None
+    if text.isascii() and text.isdigit() and len(text) <= 20:           # is_digits(), without a call: logins ask often
+        number = int(text)
+        return number if least <= number <= most else None
+    return None
 
 
 def whole_pair(low: int, what: str, times: "tuple[int, int]" = (1, 1)) -> "Callable[[str], tuple[int, int]]":
@@ -2248,20 +2251,20 @@ class Log:
         self.sink.write(self.who, level, text)
 
     def error(self, text: str) -> None:
-        self.write("ERROR", text)
+        self.sink.write(self.who, "ERROR", text)
 
     def warning(self, text: str) -> None:
-        self.write("WARNING", text)
+        self.sink.write(self.who, "WARNING", text)
 
     def notice(self, text: str) -> None:
-        self.write("NOTICE", text)
+        self.sink.write(self.who, "NOTICE", text)
 
     def info(self, text: str) -> None:
-        self.write("INFO", text)
+        self.sink.write(self.who, "INFO", text)
 
     def debug(self, text: str) -> None:
         if self.sink.verbose:
-            self.write("DEBUG", text)
+            self.sink.write(self.who, "DEBUG", text)
 
 # ==== Password hashes =============================================================================
 # Every kind of hash that Pure-FTPd's databases hold: Argon2 (RFC 9106) and scrypt (RFC 7914; libsodium's "$7$"
@@ -8660,7 +8663,7 @@ class ScoreboardEntry:
         self.since = int(since)
         self.addresses = (sockaddr_pack(peer.address, peer.port), sockaddr_pack(peer.local_address, peer.local_port))
         self.account = b"?"
-        self.samples: "deque[tuple[int, int]]" = deque()        # (ms since 1970, offset) of the last seconds
+        self.samples: "list[tuple[int, int]]" = []      # (ms since 1970, offset) of the last seconds
 
     def login(self, account: bytes) -> None:
         """The session belongs to `account` from now on."""
@@ -8674,8 +8677,7 @@ class ScoreboardEntry:
         ms = int(now * 1000)
         self.write(SCOREBOARD_ENTRY.pack(state, self.pid, *self.addresses, self.since, int(now), restart, total, current,
                                          self.account, filename[-SCOREBOARD_FILENAME_MAX:], ms, current, ms), 0)
-        self.samples.clear()
-        self.samples.append((ms, current))
+        self.samples = [(ms, current)]
 
     def progress(self, current: int) -> None:
         """The transfer has reached offset `current`."""
@@ -8683,7 +8685,7 @@ class ScoreboardEntry:
         ms, samples = int(time.time() * 1000), self.samples
         samples.append((ms, current))
         while len(samples) > 2 and samples[1][0] <= ms - SAMPLE_MS:
-            samples.popleft()
+            del samples[0]
         self.write(SCOREBOARD_SAMPLE.pack(*samples[0], ms), SCOREBOARD_SAMPLE_AT)
 
     def write(self, data: bytes, offset: int) -> None:
