@@ -5929,6 +5929,7 @@ LOGIN_HEAD = struct.Struct("!BIBHBHBBH11s36s")
 # kind, id, flags, facts, age in 1/100 s, lengths of client, sni; what a proxy has told
 STARTTLS_HEAD = struct.Struct("!BIBHHBB36s")
 CONSULT_HEAD = struct.Struct("!BI11s")      # kind, number, marks
+CONSULTED = struct.Struct("!BIBI")          # kind, number, a VERDICT_*, id of the TLS client
 BAN = struct.Struct("!BI10p")               # kind, seconds, the Defender's key
 MARKS = struct.Struct("!9sH")               # see marks_of()
 STOP_NOW = 1                                # detail of STOP: not even a transfer goes on
@@ -6007,8 +6008,8 @@ STOP                     = message_kind( 9, "stop",              PLAIN,         
 CONSULT                  = message_kind(10, "consult",           CONSULT_HEAD,  "PRIV -> SERVER", 0, ADDRESS)
 # a GRANT_*; later, when it has to wait
 GRANTED                  = message_kind(11, "granted",           NUMBERED,      "SERVER -> PRIV")
-# how that attempt's check ended: a VERDICT_*
-OUTCOME                  = message_kind(12, "outcome",           NUMBERED,      "PRIV -> SERVER")
+# how that attempt's check ended; after VERDICT_IN the TLS client is in
+OUTCOME                  = message_kind(12, "outcome",           CONSULTED,     "PRIV -> SERVER")
 # the transfer log of that index, opened anew, is wanted: it may have been moved away
 REOPENLOG                = message_kind(13, "reopenlog",         PLAIN,         "SESSION -> PRIV")
 # a client that came in through the SERVER before, which drains; its address
@@ -6021,16 +6022,14 @@ DISMISS                  = message_kind(16, "dismiss",           NUMBERED,      
 REMEMBER                 = message_kind(17, "remember",          PLAIN,         "LOGIN -> PRIV", 0, DIGEST)
 # so that the next SERVER knows it; and on to those that drain
 BANNED                   = message_kind(18, "banned",            BAN,           "SERVER -> PRIV, PRIV -> SERVER")
-# the TLS client of that id has logged in
-ENTERED                  = message_kind(19, "entered",           NUMBERED,      "PRIV -> SERVER")
+# how many more there were, for PRIV, which counts for all: see COUNTS_OF
+COUNT                    = message_kind(19, "count",             COUNTS,        "SERVER SESSION -> PRIV")
 # no passive port is free, or others wait for one: to be served in turn, by ANSWER_FD or ANSWER_ERROR
 WISHPORT                 = message_kind(20, "wishport",          PLAIN,         "SESSION -> PRIV")
 # it need not come any more; what has been sent has been sent
 UNWISHPORT               = message_kind(21, "unwishport",        PLAIN,         "SESSION -> PRIV")
 # the passive port of that number is free
 FREEDPORT                = message_kind(22, "freedport",         NUMBERED,      "SESSION -> PRIV")
-# how many more there were, for PRIV, which counts for all: see COUNTS_OF
-COUNT                    = message_kind(23, "count",             COUNTS,        "SERVER SESSION -> PRIV")
 # + what was wanted
 ANSWER_FD                = message_kind(32, "answer",            PLAIN,         "PRIV -> SESSION", 1)
 # what was wanted cannot be had
@@ -14318,12 +14317,6 @@ class Server(Reception):
         elif number in self.places.sessions:
             self.places.leave(number)
 
-    def hear_entered(self, message: bytes) -> None:
-        """A TLS client has logged in."""
-        _, number, _ = NUMBERED.unpack(message)
-        if number in self.places.sessions:
-            self.places.no_stranger(number, self.places.sessions[number])
-
     def hear_joined(self, message: bytes) -> None:
         """A client of the SERVER before us has a process of its own: it counts here now."""
         number, address = joined_parse(message)
@@ -14348,10 +14341,12 @@ class Server(Reception):
             self.at(time.monotonic() + 0.05, lambda: self.grant(number, answer))
 
     def hear_outcome(self, message: bytes) -> None:
-        _, number, verdict = NUMBERED.unpack(message)
+        _, number, verdict, client = CONSULTED.unpack(message)
         attempt = self.consulted.pop(number, None)
         if attempt is not None:
             self.attempts.checked(attempt, verdict)
+        if verdict == VERDICT_IN and client in self.places.sessions:
+            self.places.no_stranger(client, self.places.sessions[client])
 
     def hear_banned(self, message: bytes) -> None:
         """Another SERVER, or the administrator, has banned somebody; or no longer does, for 0 seconds."""
@@ -16504,7 +16499,7 @@ class LoginKeeper(PortKeeper):
         _, number, answer = NUMBERED.unpack(message)
         login, asker = self.consulting.pop(number, (None, None))
         if login is None or asker is None:                  # the client has gone meanwhile
-            self.tell(child, NUMBERED.pack(OUTCOME, number, VERDICT_BROKEN))
+            self.tell(child, CONSULTED.pack(OUTCOME, number, VERDICT_BROKEN, 0))
             return
         if answer == GRANT_NEVER or login.client < 0:       # or it has been found wrong
             self.counted["refused_banned"] += login.client >= 0
@@ -16538,8 +16533,9 @@ class LoginKeeper(PortKeeper):
 
     def consulted(self, child: Child, verdict: int) -> None:
         """Tell SERVER how a login ended that it has permitted."""
-        if child.consultation:
-            self.tell_servers(NUMBERED.pack(OUTCOME, child.consultation, min(max(verdict, 0), VERDICT_LIMIT)))
+        if child.consultation and child.asker is not None:
+            verdict = min(max(verdict, 0), VERDICT_LIMIT)
+            self.tell_servers(CONSULTED.pack(OUTCOME, child.consultation, verdict, child.asker.number))
             child.consultation = 0
 
     def next_check(self) -> None:
@@ -16562,7 +16558,7 @@ class LoginKeeper(PortKeeper):
                 os.close(login.client)
                 wipe(login.message)                         # the next child is somebody else's
             if login.consultation and not begun:
-                self.tell_servers(NUMBERED.pack(OUTCOME, login.consultation, VERDICT_BROKEN))
+                self.tell_servers(CONSULTED.pack(OUTCOME, login.consultation, VERDICT_BROKEN, asker.number))
 
     def next_waiting(self, now: float) -> "tuple[Login, Child]":
         """The next login to be checked: first those of addresses where people log in from, as guessers have many others."""
@@ -16609,7 +16605,6 @@ class LoginKeeper(PortKeeper):
         self.count_login(child)
         if child.asker is not None and child.asker.state == STATE_TLS:
             child.asker.forget_tls()                        # both of its processes have it
-            self.tell_servers(NUMBERED.pack(ENTERED, child.asker.number, 0))
         self.check_done(child)
 
     def count_login(self, child: Child) -> None:

@@ -18032,15 +18032,27 @@ class ProcessMessages(unittest.TestCase):
         self.assertEqual((len(self.monitor.unsent), self.monitor.consulting), (0, {}))
         self.monitor.drop_channel(server)
 
-    def test_clients_per_address_are_counted_by_network(self):
+    def server(self, sessions, handshakes=(), **options):
         ours, theirs = pureftpd.channel_pair()
-        options = types.SimpleNamespace(**{**vars(self.options), "maxclientsperip": 2})
-        server = pureftpd.Server(options, self.log, ours, [], {1: "2001:db8:0:1::1", 2: "192.0.2.1"}, pureftpd.Defender(), None)
+        options = types.SimpleNamespace(**{**vars(self.options), **options})
+        server = pureftpd.Server(options, self.log, ours, [], sessions, pureftpd.Defender(), None, handshakes=handshakes)
         for sock in (ours, theirs):
             self.addCleanup(sock.close)
         self.addCleanup(server.farewells.close)
         self.addCleanup(server.poller.kernel.close)
         self.addCleanup(os.close, server.spare)
+        return server
+
+    def test_a_tls_client_that_has_logged_in_is_no_stranger_any_more(self):
+        server = self.server({7: "192.0.2.1", 8: "192.0.2.1"}, (7, 8))
+        self.assertEqual(server.places.crowds(), [{7: None, 8: None}])
+        for verdict, left in ((pureftpd.VERDICT_WRONG, [7, 8]), (pureftpd.VERDICT_BROKEN, [7, 8]), (pureftpd.VERDICT_IN, [8])):
+            server.hear_outcome(pureftpd.CONSULTED.pack(pureftpd.OUTCOME, 1, verdict, 7))
+            self.assertEqual([list(crowd) for crowd in server.places.crowds()], [left])
+        server.hear_outcome(pureftpd.CONSULTED.pack(pureftpd.OUTCOME, 2, pureftpd.VERDICT_IN, 9))      # another SERVER's client
+
+    def test_clients_per_address_are_counted_by_network(self):
+        server = self.server({1: "2001:db8:0:1::1", 2: "192.0.2.1"}, maxclientsperip=2)
         server.places.take("2001:db8:0:1:ffff::2")
         server.places.take("192.0.2.2")
         for host, refused in (("2001:db8:0:1::3", True), ("2001:db8:0:2::1", False), ("192.0.2.1", False)):
