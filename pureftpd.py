@@ -10449,7 +10449,7 @@ class FileStream(Stream):
 
 TICKET_KEYS = 80                    # bytes: their name, a key for HMAC, one for AES
 SESSION_MAX = 16384                 # bytes of an exported session, which may have a client's certificate in it
-HANDOVER = struct.Struct("!H")      # its length, 0 for none: how the relay to a session under TLS begins
+HANDOVER = struct.Struct("!H")      # its length, 0 for none: how the relay to a session under TLS begins, up to 1.2
 RELAY_TICKET, RELAY_CLEAR = 1, 2    # descriptors beside a reply: give a ticket with it; it is the last one under TLS
 SSL_CTRL_GET_TLSEXT_TICKET_KEYS, SSL_CTRL_SET_TLSEXT_TICKET_KEYS = 58, 59
 
@@ -11036,7 +11036,7 @@ class SessionLoop(Conversation):
         """Serve the client until it goes; returns then."""
         self.event("login")
         try:
-            if self.handover.tls is not None:
+            if self.handover.tls is not None and self.negotiated.tls != "TLSv1.3":
                 self.take_session_over(self.handover.tls)
             self.reply(230, self.greeting())
             while True:
@@ -14895,7 +14895,8 @@ class TlsDoor(Door):
         if self.relay is not None:
             self.relay.close()
         self.relay, theirs = socket.socketpair()
-        self.hand_session_over(self.relay)
+        if visitor.negotiated.tls != "TLSv1.3":             # which has tickets
+            self.hand_session_over(self.relay)
         message = visitor.login_request(self.last_id, user, password)
         try:
             socket.send_fds(self.channel, [message], [theirs.fileno()])
@@ -14908,7 +14909,7 @@ class TlsDoor(Door):
 
     def hand_session_over(self, relay: socket.socket) -> None:
         """Tell the user's process, before all else, of the session that clients without tickets resume by its id."""
-        data = self.libssl.session_export(self.tls) if self.libssl and self.tls.version() != "TLSv1.3" else b""
+        data = self.libssl.session_export(self.tls) if self.libssl else b""
         relay.send(HANDOVER.pack(len(data)) + data)
 
     # -- before the login ----------------------------------------------------------------------------
@@ -16160,7 +16161,6 @@ def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket) ->
         message, fds, _, _ = socket.recv_fds(monitor, MESSAGE_MAX, 1)
         monitor.send(NUMBERED.pack(VERDICT, LOGIN_HEAD.unpack_from(message)[1], VERDICT_IN))
         with socket.socket(fileno=fds[0]) as session:
-            session.recv(HANDOVER.size)
             session.send(reply_bytes(230, b"OK"))
         while tls.recv(256)[:3] not in (b"230", b""):
             pass
