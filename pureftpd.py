@@ -9558,9 +9558,8 @@ class Poller:
             events = self.kernel.poll(seconds, EVENTS_AT_ONCE)
         else:
             events = self.kernel.poll(None if seconds is None else poll_milliseconds(seconds))
-        for fd, _ in events:
-            action = self.actions.get(fd)
-            if action is not None:                      # else it has been unregistered in this very round
+        for fd, action in [(fd, self.actions.get(fd)) for fd, _ in events]:
+            if action is not None and self.actions.get(fd) is action:       # else it was unregistered in this very round
                 action()
 
 

@@ -12877,6 +12877,21 @@ class Pollers(unittest.TestCase):
             poller.wait(0)
             self.assertEqual(len(called), 1)
 
+    def test_who_has_come_in_this_round_to_the_descriptor_of_another_is_not_called(self):
+        for poller in self.pollers():
+            called, pairs, new = [], [self.pair() for _ in range(2)], self.pair()[0]
+
+            def once(number, poller=poller, called=called, pairs=pairs, new=new):
+                other = pairs[1 - number][0]
+                poller.unregister(other)
+                os.dup2(new.fileno(), other.fileno())
+                poller.register(other, select.POLLIN, called.append, "new")
+            for number, (ours, theirs) in enumerate(pairs):
+                poller.register(ours, select.POLLIN, once, number)
+                theirs.send(b"x")
+            poller.wait(0)
+            self.assertEqual(called, [], poller.epoll)
+
     def test_nobody_is_forgotten_however_many_are_ready(self):
         for poller in self.pollers():
             called, pairs = set(), [self.pair() for _ in range(pureftpd.EVENTS_AT_ONCE + 1)]
