@@ -3310,7 +3310,7 @@ def user_for_good(uid: int, gid: int, groups: "tuple[int, ...]") -> None:
     if hasattr(os, "setresuid"):
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
-        right = os.getresuid() == (uid,) * 3 and os.getresgid() == (gid,) * 3
+        right = os.getresuid() == (uid, uid, uid) and os.getresgid() == (gid, gid, gid)
     else:                                               # macOS: for root these change all three
         os.setgid(gid)
         os.setuid(uid)
@@ -8741,7 +8741,11 @@ def scoreboard_claim(statedir: str, pid: int, peer: Any, account: bytes, limit: 
     Counting and marking happen under one lock, so two logins at once cannot both be the last one allowed. Login
     children alone take it, for the time of a scan; neither sessions nor ftpwho ever do.
     """
-    directory = statedir_open(statedir)
+    try:
+        directory = statedir_open(statedir)
+    except ConfigError:                                     # it has been removed, perhaps
+        statedir_empty(statedir)
+        directory = statedir_open(statedir)
     try:
         if limit:
             import fcntl
@@ -15894,7 +15898,6 @@ def enter(setup: Setup, login: Login, account: Account, request: LoginRequest, c
     host, rules = names_needed(setup, peer)
     users = options.peruserlimits or (None, None)
     limit = account.max_sessions if account.max_sessions is not None else users[account.anonymous]
-    statedir_empty(setup.statedir)
     board = scoreboard_claim(setup.statedir, os.getpid(), peer, account.name, limit)
     if board is None:
         raise Overcrowded("%d sessions of this account are open already" % (limit or 0))
