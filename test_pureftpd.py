@@ -16030,18 +16030,22 @@ def DEAF(server):
         self.assertEqual(client.login(), 230, client.exchange())
 
     def test_the_end_of_the_server_is_told(self):
-        daemon = ExamDaemon(self.place, ("-l", "puredb:" + self.users, "-Y", "1", "-2", self.certificate, "-E"))
-        self.addCleanup(daemon.stop)
-        client = TlsClient(daemon.connect())
-        self.addCleanup(client.close)
-        client.reply()
-        client.secure()
-        self.assertEqual(client.code("NOOP"), 200)
-        daemon.process.terminate()
-        self.assertEqual(client.reply()[0], 421)
-        self.assertTrue(client.at_end())
-        client.sock.unwrap()
-        self.assertEqual(daemon.process.wait(EXAM_SECONDS), 0)
+        """Also while the client has sent half of a record: nobody waits for the rest."""
+        for half in (b"", b"\x17\x03\x03\0\x40half"):
+            daemon = ExamDaemon(self.place, ("-l", "puredb:" + self.users, "-Y", "1", "-2", self.certificate, "-E"))
+            self.addCleanup(daemon.stop)
+            client = TlsClient(daemon.connect())
+            self.addCleanup(client.close)
+            client.reply()
+            client.secure()
+            self.assertEqual(client.code("NOOP"), 200)
+            os.write(client.sock.fileno(), half)
+            daemon.process.terminate()
+            self.assertEqual(client.reply()[0], 421)
+            self.assertTrue(client.at_end())
+            client.sock.unwrap()
+            client.close()
+            self.assertEqual(daemon.process.wait(EXAM_SECONDS), 0)
 
 
 class TlsValues(unittest.TestCase):
