@@ -412,9 +412,10 @@ def title_text(title: str) -> bytes:
     return text + b"\0" * max(1, libc.title_arguments - len(text))
 
 
-WIPES = libc.library is not None and sys.implementation.name == "cpython"
+# where the bytes of an object begin, for wipe(); 0 where it cannot get there
+WIPE_AT = bytes.__basicsize__ - 1 if libc.library is not None and sys.implementation.name == "cpython" else 0
 # all that has an address, as a call through ctypes costs a fresh child more; None on 32 bits, where this would be half of it
-MEMORY = libc.memory_at(0, sys.maxsize) if WIPES and sys.maxsize > 1 << 32 else None
+MEMORY = libc.memory_at(0, sys.maxsize) if WIPE_AT and sys.maxsize > 1 << 32 else None
 
 
 def wipe(*secrets: bytes) -> None:
@@ -424,8 +425,8 @@ def wipe(*secrets: bytes) -> None:
     CPython's only, and not for objects that it shares: those of one byte and of none.
     """
     for secret in secrets:
-        if len(secret) > 1 and WIPES:
-            first = id(secret) + bytes.__basicsize__ - 1
+        if len(secret) > 1 and WIPE_AT:
+            first = id(secret) + WIPE_AT
             if MEMORY is not None:
                 MEMORY[first:first + len(secret)] = bytes(len(secret))
             else:
@@ -469,14 +470,20 @@ def on_termination(*_: Any) -> None:
         action()
 
 
+@cache
+def descriptors_enough() -> int:
+    """How many a process that needs a dozen may have. PRIV asks for all its children."""
+    import resource
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(soft, max(DESCRIPTORS_LEAST, min(DESCRIPTORS_MOST, soft // 2)))
+
+
 def descriptors_few() -> None:
     """For a process that needs a dozen descriptors: it may not have many, nor (unix(7), ETOOMANYREFS) send any between sockets
     while those of its user that are on the way are so many. SERVER, which may have more, can still send its clients to PRIV.
     """
     import resource
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = min(soft, max(DESCRIPTORS_LEAST, min(DESCRIPTORS_MOST, soft // 2)))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors_enough(), descriptors_enough()))
 
 
 def no_new_privs() -> bool:
@@ -2713,7 +2720,7 @@ def password_usable(hashed: str) -> bool:
 
 def hash_problem(hashed: str) -> str:
     """What stands in the place of a hash, and what to do, for a log: nothing of a password; "" when it is a hash."""
-    if password_usable(hashed):
+    if hash_check(hashed) is not None:
         kind, length = hash_kind(hashed), len(hashed) - hashed.rfind("$") - 1
         damaged = not hashed.isascii() or not hashed.isprintable() or CRYPT_DIGESTS.get(kind, length) != length
         return f"the stored {kind} hash is damaged, {HASH_REMEDY}" if damaged else ""
@@ -5853,7 +5860,7 @@ def authenticate(options: Options, user: bytes, password: bytes, peer: Peer, log
 
     Compat: uid 0 is always refused (the original lets root in unless -u): no process of ours is root for a client.
     """
-    if not access_is_trusted(options.trustedip, peer):
+    if options.trustedip and not access_is_trusted(options.trustedip, peer):
         raise NoLogin(f"{peer.local_address} is for anonymous users only (-V)")
     if not user or not NO_TEXT.isdisjoint(user) or not NO_TEXT.isdisjoint(password):
         raise NoLogin("a name or password that cannot be")
@@ -6136,7 +6143,7 @@ def login_parse(message: bytes) -> LoginRequest:
     if kind != LOGIN or LOGIN_HEAD.size + sum(lengths) != len(message) or any(map(gt, lengths, LOGIN_LIMITS)):
         raise MessageError("LOGIN whose lengths do not add up")
     ends = [*accumulate(lengths, initial=LOGIN_HEAD.size)]
-    user, password, client, sni, pending = [message[start:end] for start, end in zip(ends, ends[1:])]
+    user, password, client, sni, pending = map(message.__getitem__, map(slice, ends, ends[1:]))
     return LoginRequest(id=number, user=user, password=password, pending=pending, marks=marks, told=told,
                         negotiated=Negotiated.from_message(flags, facts, client, sni))
 
@@ -9583,8 +9590,9 @@ class Attention:
 
     def __init__(self, control: socket.socket, channel: "socket.socket | None", lines: ControlInput) -> None:
         self.control, self.channel, self.lines = control, channel, lines
+        self.control_fd = control.fileno()
         self.poller = select.poll()
-        self.poller.register(control, select.POLLIN)
+        self.poller.register(self.control_fd, select.POLLIN)
         self.channel_fd = -1
         if channel is not None:
             self.channel_fd = channel.fileno()
@@ -9607,7 +9615,7 @@ class Attention:
         return [event for event in events if not self.looked_after(event[0])]
 
     def looked_after(self, fd: int) -> bool:
-        if fd == self.control.fileno():
+        if fd == self.control_fd:
             self.read_control()
         elif fd == self.channel_fd and not self.wishing:
             self.read_channel()
@@ -9619,12 +9627,12 @@ class Attention:
         """Read the control connection, or leave what comes in the kernel's buffer."""
         if listening != self.listening and self.ended_at is None:
             self.listening = listening
-            self.poller.modify(self.control, select.POLLIN if listening else 0)
+            self.poller.modify(self.control_fd, select.POLLIN if listening else 0)
 
     def unread(self) -> bool:
         """Whether there is something on the control connection, or its end, that was not read."""
         self.listen(True)
-        return self.control.fileno() in dict(self.poller.poll(0))
+        return self.control_fd in dict(self.poller.poll(0))
 
     def read_control(self) -> None:
         try:
@@ -9635,7 +9643,7 @@ class Attention:
             self.lines.feed(data)
         elif self.outlasting and not self.relay_is_gone():
             self.ended_at = time.monotonic()
-            self.poller.unregister(self.control)
+            self.poller.unregister(self.control_fd)
         else:
             raise Hangup()
 
@@ -16652,7 +16660,7 @@ class LoginKeeper(PortKeeper):
     def forget_secrets(self, tls: "ClientTls | None" = None) -> None:
         """In a child: drop what is not its business, certificates' keys, other clients' keys and passwords."""
         for child in self.children.values():
-            if child.tls is not tls:
+            if child.tls is not None and child.tls is not tls:
                 child.forget_tls()
         if self.setup.certificates is not None:
             self.setup.certificates.contexts.clear()            # OpenSSL overwrites keys that it frees
@@ -23197,6 +23205,7 @@ def memory_prepare(setup: Setup) -> None:
     """Before the first fork: what all children share becomes as good as it gets. Not for one client of inetd's."""
     for title in PROCESS_TITLES.values():
         title_text(title)
+    descriptors_enough()
     if REHEARSALS:
         rehearse(setup, REHEARSALS)
         code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1]]))

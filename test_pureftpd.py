@@ -1653,7 +1653,7 @@ class WithoutProc(unittest.TestCase):
 
 
 class Wiping(unittest.TestCase):
-    @unittest.skipUnless(pureftpd.WIPES, "needs CPython's ctypes")
+    @unittest.skipUnless(pureftpd.WIPE_AT, "needs CPython's ctypes")
     def test_nothing_is_left_of_secrets(self):
         for memory in (pureftpd.MEMORY, None):                      # None: addresses of 32 bits
             with self.subTest(memory), mock.patch.object(pureftpd, "MEMORY", memory):
