@@ -15906,6 +15906,19 @@ pureftpd.TlsDoor.hurry = tell
         self.assertEqual(client.code("QUIT"), 221)
         until(lambda: not self.processes(patches=patches), "the TLS process is left")
 
+    def test_a_client_that_takes_no_replies_is_gone(self):
+        patches = "pureftpd.SEND_SECONDS = pureftpd.GOODBYE_SECONDS = 0.2"
+        client = self.secured(patches=patches)
+        client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sock.setblocking(False)
+
+        def gone():
+            with contextlib.suppress(OSError):              # it takes no more for now
+                while client.sock.send(b"FEAT\r\n" * 1000):
+                    pass
+            return not self.processes(patches=patches)
+        until(gone, "the TLS process waits for its client")
+
     def test_ticket_keys_of_who_has_left_are_wiped(self):
         patches = """
 kept, of_client, gone = [], pureftpd.Certificates.of_client, pureftpd.Monitor.gone
