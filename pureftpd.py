@@ -4054,7 +4054,7 @@ def record_account(backend: str, line: bytes, rules: "dict[str, Any]", peer: Pee
     `rules` take the place of those of the line, which cannot hold IPv6 addresses.
     """
     try:
-        record = passwd_record(line)
+        record = PasswdRecord.from_fields(line.split(b":"))
         if rules:
             record = record._replace(**rules)
     except ValueError as error:
@@ -6804,7 +6804,7 @@ class RootedTree(WalkedTree):
         return super().place(path, follow)
 
     def change_directory(self, path: bytes) -> None:
-        where, fd = self.absolute(path), -1
+        where, fd = path if path == b"/" else self.absolute(path), -1
         if where == b"/" and path and b".." not in path:
             self.check_root()
             fd = os.open(b".", DIRECTORY_ONLY, dir_fd=self.root)                # may we be there
@@ -9631,7 +9631,8 @@ class Attention:
 
     def unread(self) -> bool:
         """Whether there is something on the control connection, or its end, that was not read."""
-        self.listen(True)
+        if not self.listening:
+            self.listen(True)
         return self.control_fd in dict(self.poller.poll(0))
 
     def read_control(self) -> None:
@@ -9740,7 +9741,8 @@ class Attention:
                 raise Hangup(421, self.stop_text)
             if self.ended_at is not None:
                 raise Hangup()
-            self.listen(True)
+            if not self.listening:
+                self.listen(True)
             late = self.aside_late
             left = (deadline if late is None else min(deadline, late[0])) - time.monotonic()
             events = self.poller.poll(poll_milliseconds(left))
@@ -11881,7 +11883,8 @@ class TransferCommands(FileCommands):
         try:
             return super().next_command()
         finally:
-            self.attention.watch_nothing_aside()
+            if self.attention.aside is not None:
+                self.attention.watch_nothing_aside()
             self.attention.aside_late = None
 
     @cached_property
@@ -15619,7 +15622,7 @@ LOGIN_AS_ROOT = {
     "PureDB":
         "PasswdRecord.from_fields PureDB.__enter__ PureDB.__exit__ PureDB.__init__ PureDB.bucket PureDB.damaged "
         "PureDB.find PureDB.read PureDB.record PureDB.sample PureDB.words passwd_limits passwd_number passwd_padded "
-        "passwd_record puredb_find puredb_hash puredb_sample",
+        "puredb_find puredb_hash puredb_sample",
     "Giving up root":
         "Privileges.dropped addresses_limit child_answer close_others die privsep_account privsep_user",
     "Accounts and access rules":
@@ -15915,7 +15918,7 @@ def enter(setup: Setup, login: Login, account: Account, request: LoginRequest, c
     names = listing_names([account.uid] * known, [account.gid] * known, home.locked)
     known_names.close()
     load = options.maxload is not None and os.getloadavg()[0] > options.maxload
-    control = socket.socket(type=socket.SOCK_STREAM, proto=0, fileno=login.client)
+    control: Any = socket.SocketType(type=socket.SOCK_STREAM, proto=0, fileno=login.client)     # without enums, as peer_of()
     tree, root = settle(setup, account, home)
     control_prepare(control)
     return Handover(account=account, peer=peer, tree=tree, control=control, channel=channel, negotiated=request.negotiated,
@@ -16103,9 +16106,9 @@ def rehearse_login(setup: Setup, path: str) -> None:
     account = login_account(setup._replace(options=options, log=log), request, peer)
     wipe(request.password, message)
     home = home_of(options, account)
-    control, client = socket.socketpair()
+    ours, client = socket.socketpair()
     channel, monitor = channel_pair()
-    with control, client, channel, monitor:
+    with ours, client, channel, monitor:
         board = ScoreboardEntry(os.open(os.devnull, os.O_WRONLY), os.getpid(), peer, time.time())
         board.login(account.name)
         board.close()
@@ -16113,6 +16116,7 @@ def rehearse_login(setup: Setup, path: str) -> None:
         tree = tree_at(os.open("/", DIRECTORY_ONLY), setup.own, home.root)
         tree.change_directory(home.start)
         home_obstacle(b"", home.start)
+        control: Any = socket.SocketType(fileno=ours.detach())
         control_prepare(control)
         client.send(REHEARSAL_COMMANDS)
         Session(options, log.of(peer.address, printable(account.name)), Handover(
