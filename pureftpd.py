@@ -3781,7 +3781,7 @@ def proxied_peer(told: bytes, peer: Peer) -> Peer:
         return peer
     there, port, here, local_port = PROXIED.unpack(told)
     return Peer(address=address_narrowed(there), port=port, local_address=address_narrowed(here), local_port=local_port,
-                proxy=peer.address, inner_address=peer.local_address)
+                encrypted=peer.encrypted, proxy=peer.address, inner_address=peer.local_address)
 
 
 def proxied_told(peer: Peer) -> bytes:
@@ -5953,6 +5953,7 @@ VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 GRANT_NOW, GRANT_NEVER, GRANT_QUICK = range(3)
 
 DESCRIPTOR = struct.Struct("@i")            # as the kernel hands them over
+DESCRIPTOR_ROOM = socket.CMSG_LEN(DESCRIPTOR.size)
 PLAIN = struct.Struct("!BB")                # kind, detail
 NUMBERED = struct.Struct("!BIB")            # kind, id, detail
 # kind, id, flags, facts, then the lengths of user, password, client, sni, pending; the marks; what a proxy has told
@@ -6213,16 +6214,17 @@ def message_send(channel: socket.socket, message: bytes) -> bool:
         return False
 
 
-def message_receive(channel: socket.socket, most_fds: int = 0) -> "tuple[bytes, list[int]]":
-    """One message and its descriptors; b"" at the end of the channel. Raises MessageError when it was cut off.
+def message_receive(channel: socket.socket) -> "tuple[bytes, list[int]]":
+    """One message and the descriptor that may come with it; b"" at the end of the channel. Raises MessageError when it was cut
+    off.
 
     A process that is out of descriptors gets a message without them, as if none had been sent.
     """
-    if not most_fds:
-        return channel.recv(MESSAGE_MAX), []
-    message, ancillary, flags, _ = channel.recvmsg(MESSAGE_MAX, socket.CMSG_LEN(most_fds * DESCRIPTOR.size))
+    message, ancillary, flags, _ = channel.recvmsg(MESSAGE_MAX, DESCRIPTOR_ROOM)
+    if not (ancillary or flags & MSG_TRUNC):
+        return message, []
     fds = [fd for level, kind, data in ancillary if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
-           for fd, in DESCRIPTOR.iter_unpack(data[:len(data) // DESCRIPTOR.size * DESCRIPTOR.size])] if ancillary else []
+           for fd, in DESCRIPTOR.iter_unpack(data[:len(data) // DESCRIPTOR.size * DESCRIPTOR.size])]
     if flags & MSG_TRUNC or flags & MSG_CTRUNC and fds:
         for fd in fds:
             os.close(fd)
@@ -9544,8 +9546,10 @@ class Poller:
     """
 
     def __init__(self) -> None:
-        self.epoll = hasattr(select, "epoll")
-        self.kernel: Any = select.epoll() if self.epoll else select.poll()
+        self.kernel: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self.poll: "Callable[[float | None], Any]" = self.poll_slowly
+        if hasattr(select, "epoll"):
+            self.poll = partial(self.kernel.poll, maxevents=EVENTS_AT_ONCE)
         self.actions: "dict[int, Callable[[], object]]" = {}
 
     def register(self, sock: Any, events: int, action: "Callable[..., object]", *args: Any) -> None:
@@ -9565,13 +9569,12 @@ class Poller:
 
     def wait(self, seconds: "float | None") -> None:
         """Till something has happened, or for so long; None: for ever."""
-        if self.epoll:
-            events = self.kernel.poll(seconds, EVENTS_AT_ONCE)
-        else:
-            events = self.kernel.poll(None if seconds is None else poll_milliseconds(seconds))
-        for fd, action in [(fd, self.actions.get(fd)) for fd, _ in events]:
+        for fd, action in [(fd, self.actions.get(fd)) for fd, _ in self.poll(seconds)]:
             if action is not None and self.actions.get(fd) is action:       # else it was unregistered in this very round
                 action()
+
+    def poll_slowly(self, seconds: "float | None") -> Any:
+        return self.kernel.poll(None if seconds is None else poll_milliseconds(seconds))
 
 
 class Attention:
@@ -9691,7 +9694,7 @@ class Attention:
     def answer(self) -> "tuple[int, list[int]] | None":
         """What PRIV says next, None when it was STOP. Raises OSError, MessageError."""
         assert self.channel is not None
-        message, fds = message_receive(self.channel, 1)
+        message, fds = message_receive(self.channel)
         if not message:
             raise OSError(errno.EPIPE, "PRIV is gone")
         kind = message_row(FROM_PRIV, STATE_SESSION, message).kind
@@ -14154,12 +14157,14 @@ class Server(Reception):
 
     def run(self) -> None:
         """Serve until PRIV says STOP or is gone, or (draining) until nobody is left."""
-        while self.running and not self.deserted():
+        while self.running and not (self.draining and self.deserted()):
+            begun = time.monotonic()
+            pause = self.pause(begun, self.eldest())
+            self.poller.wait(pause)
             now = time.monotonic()
-            self.poller.wait(self.pause(now, self.eldest()))
-            now = time.monotonic()
-            self.run_timers(now)
-            self.expire(now)
+            if pause is not None and now >= begun + pause:
+                self.run_timers(now)
+                self.expire(now)
         self.tell_counts()
 
     def count(self, name: str) -> None:
@@ -14175,8 +14180,7 @@ class Server(Reception):
             self.at(time.monotonic() + COUNT_SECONDS, self.tell_counts)
 
     def deserted(self) -> bool:
-        """Whether nobody is left, and nobody will come."""
-        return self.draining and not (self.visitors or self.checking or self.arrivals)
+        return not (self.visitors or self.checking or self.arrivals)
 
     # -- talking -------------------------------------------------------------------------------------
 
@@ -14308,7 +14312,7 @@ class Server(Reception):
         """A message from PRIV or a login child. Its end, or nonsense, is our end."""
         fds: "list[int]" = []
         try:
-            message, fds = message_receive(channel, 1)
+            message, fds = message_receive(channel)
             if not message:
                 self.running = False
                 return
@@ -16427,7 +16431,7 @@ class PortKeeper(Parent):
 TLS_LOGINS_MAX = LOGIN_FAILURES_MAX + 1
 
 
-def peer_of(fd: int) -> "Peer | None":
+def peer_of(fd: int, encrypted: bool = False) -> "Peer | None":
     """Both ends of a client's connection, as the kernel knows them, whatever SERVER says; None when it is over.
 
     Raises MessageError for what is no such connection.
@@ -16444,7 +16448,8 @@ def peer_of(fd: int) -> "Peer | None":
         return None
     finally:
         sock.detach()
-    return Peer(address=address_text(there[0]), port=there[1], local_address=address_scoped(here), local_port=here[1])
+    return Peer(address=address_text(there[0]), port=there[1], local_address=address_scoped(here), local_port=here[1],
+                encrypted=encrypted)
 
 
 class LoginKeeper(PortKeeper):
@@ -16488,13 +16493,13 @@ class LoginKeeper(PortKeeper):
         self.waiting.append((login, asker))
         self.next_check()
 
-    def client_of(self, server: Child, fd: int, told: bytes) -> "Peer | None":
+    def client_of(self, server: Child, fd: int, told: bytes, encrypted: bool = False) -> "Peer | None":
         """Both ends of a client's connection; None when it is over, or when that SERVER cannot be right.
 
         What a proxy may have told counts only where the kernel says that the connection comes from one (--proxyfrom), by what
         that SERVER was started with: since a SIGHUP there may be others.
         """
-        peer = peer_of(fd)
+        peer = peer_of(fd, encrypted)
         if peer is None or told == UNPROXIED:
             return peer
         if not any(network.holds(peer.address) for network in server.proxyfrom):
@@ -17037,7 +17042,7 @@ class Monitor(ToolKeeper):
         if child.channel.fileno() < 0:
             return False                                    # closed in this very round
         try:
-            message, fds = message_receive(child.channel, 1)
+            message, fds = message_receive(child.channel)
             if not message:
                 self.drop_channel(child)
                 return False
@@ -17077,10 +17082,10 @@ class Monitor(ToolKeeper):
             return
         client = fds.pop()
         try:
-            peer = self.client_of(child, client, told)
+            peer = self.client_of(child, client, told, encrypted=True)
             if peer is None:
                 raise OSError(errno.ENOTCONN, "it is gone already")
-            self.fork_tls(child, number, client, peer._replace(encrypted=True), negotiated, age)
+            self.fork_tls(child, number, client, peer, negotiated, age)
         except OSError as error:
             self.setup.log.error("no TLS for a client: %s" % error)
             self.tell(child, NUMBERED.pack(ENDED, number, 0))

@@ -12852,7 +12852,7 @@ class Pollers(unittest.TestCase):
             poller.wait(None)
             poller.modify(ours, select.POLLIN | select.POLLOUT)
             poller.wait(10)
-            self.assertEqual(called, ["in", "in"], poller.epoll)
+            self.assertEqual(called, ["in", "in"], poller.kernel)
             poller.unregister(ours)
             poller.wait(0.001)
             self.assertEqual((called, poller.actions), (["in", "in"], {}))
