@@ -9546,10 +9546,13 @@ class Poller:
     """
 
     def __init__(self) -> None:
-        self.kernel: Any = select.epoll() if hasattr(select, "epoll") else select.poll()
-        self.poll: "Callable[[float | None], Any]" = self.poll_slowly
+        self.kernel: Any
+        self.poll: "Callable[[float | None], Any]"
         if hasattr(select, "epoll"):
+            self.kernel = select.epoll()
             self.poll = partial(self.kernel.poll, maxevents=EVENTS_AT_ONCE)
+        else:
+            self.kernel, self.poll = select.poll(), self.poll_slowly
         self.actions: "dict[int, Callable[[], object]]" = {}
 
     def register(self, sock: Any, events: int, action: "Callable[..., object]", *args: Any) -> None:
@@ -16216,11 +16219,6 @@ class Child:
         self.permitted = 0.0                    # since when that login has waited for its check (monotonic)
         self.listed = True                      # it may be on the scoreboard
 
-    def forget_tls(self) -> None:
-        if self.tls is not None:
-            wipe(self.tls.ticket_keys)
-            self.tls = None
-
 
 class Parent:
     """The processes that PRIV has forked."""
@@ -16231,6 +16229,8 @@ class Parent:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.children: "dict[int, Child]" = {}
+        self.servers: "list[Child]" = []                        # those of them that are a SERVER
+        self.handshakes: "dict[int, Child]" = {}                # and TLS processes whose client has not logged in, by pid
         self.unsent: "deque[tuple[Child, bytes]]" = deque()     # messages for which there was no room
         self.server: "Child | None" = None                      # the SERVER that accepts; others drain
         self.log_due = 0.0                                      # when a log file is looked at again (monotonic)
@@ -16257,6 +16257,10 @@ class Parent:
         ours.setblocking(False)
         child = Child(pid=pid, state=state, channel=ours, **known)
         self.children[pid] = child
+        if state == STATE_SERVER:
+            self.servers.append(child)
+        elif child.tls is not None:
+            self.handshakes[pid] = child
         self.poller.register(ours, select.POLLIN, self.on_message, child)
         return child
 
@@ -16301,8 +16305,8 @@ class Parent:
             self.unsent.popleft()
 
     def tell_servers(self, message: bytes, but: "Child | None" = None) -> None:
-        for child in self.children.values():
-            if child.state == STATE_SERVER and child is not but:
+        for child in self.servers:
+            if child is not but:
                 self.tell(child, message)
 
     def renew_log(self) -> None:
@@ -16329,12 +16333,18 @@ class Parent:
             self.tell_of_log(sink.fd)
 
     def tell_of_log(self, fd: int) -> None:
-        for child in self.children.values():
-            if child.state == STATE_SERVER:
-                try:
-                    socket.send_fds(child.channel, [PLAIN.pack(NEWLOG, 0)], [fd])
-                except OSError:
-                    pass                                    # it has ended, or reads nothing: the next one is forked with it
+        for child in self.servers:
+            try:
+                socket.send_fds(child.channel, [PLAIN.pack(NEWLOG, 0)], [fd])
+            except OSError:
+                pass                                        # it has ended, or reads nothing: the next one is forked with it
+
+    def forget_tls(self, child: Child) -> None:
+        """Of a TLS process: its client has logged in, or gone; or we are another child."""
+        self.handshakes.pop(child.pid, None)
+        if child.tls is not None:
+            wipe(child.tls.ticket_keys)
+            child.tls = None
 
 # ==== PRIV: who waits for a passive port ==========================================================
 # Sessions that find every port of -p taken wait for one here, in the order in which they came (see Data connections).
@@ -16647,7 +16657,7 @@ class LoginKeeper(PortKeeper):
         self.consulted(child, VERDICT_IN)
         self.count_login(child)
         if child.asker is not None and child.asker.state == STATE_TLS:
-            child.asker.forget_tls()                        # both of its processes have it
+            self.forget_tls(child.asker)                    # both of its processes have it
         self.check_done(child)
 
     def count_login(self, child: Child) -> None:
@@ -16668,9 +16678,9 @@ class LoginKeeper(PortKeeper):
 
     def forget_secrets(self, tls: "ClientTls | None" = None) -> None:
         """In a child: drop what is not its business, certificates' keys, other clients' keys and passwords."""
-        for child in self.children.values():
-            if child.tls is not None and child.tls is not tls:
-                child.forget_tls()
+        for child in list(self.handshakes.values()):
+            if child.tls is not tls:
+                self.forget_tls(child)
         if self.setup.certificates is not None:
             self.setup.certificates.contexts.clear()            # OpenSSL overwrites keys that it frees
         if self.waiting or self.consulting:
@@ -16918,7 +16928,7 @@ class Monitor(ToolKeeper):
         self.generation = self.generation % 255 + 1
         sessions = {child.number: child.peer.address for child in self.children.values()
                     if child.peer and (child.state == STATE_TLS or child.asker and child.asker.state == STATE_SERVER)}
-        handshakes = tuple(child.number for child in self.children.values() if child.tls is not None)
+        handshakes = tuple(child.number for child in self.handshakes.values())
         self.server_started = time.monotonic()
         try:
             self.server = self.fork(STATE_SERVER, lambda channel: self.server_child(channel, sessions, handshakes),
@@ -16980,7 +16990,7 @@ class Monitor(ToolKeeper):
                 break
         self.drop_channel(child)
         self.kicked.pop(child.pid, None)
-        child.forget_tls()
+        self.forget_tls(child)
         if child.dismissed:
             self.setup.log.info("TLS client %s made room for others: no login yet" % (child.peer.address if child.peer else "?"))
         elif os.WIFSIGNALED(status) and self.stop_at is None:
@@ -17005,6 +17015,8 @@ class Monitor(ToolKeeper):
                 self.tell(child.asker, ended)
         elif child.state != STATE_SERVER:
             self.tell_servers(ended)
+        if child in self.servers:
+            self.servers.remove(child)
         if child is self.server:
             self.server_gone()
 

@@ -12890,7 +12890,7 @@ class Pollers(unittest.TestCase):
                 poller.register(ours, select.POLLIN, once, number)
                 theirs.send(b"x")
             poller.wait(0)
-            self.assertEqual(called, [], poller.epoll)
+            self.assertEqual(called, [], poller.kernel)
 
     def test_nobody_is_forgotten_however_many_are_ready(self):
         for poller in self.pollers():
@@ -17786,6 +17786,8 @@ class ProcessMessages(unittest.TestCase):
         theirs.setblocking(False)
         child = pureftpd.Child(1 << 22, state, ours, 7, peer)
         self.monitor.children[id(child)] = child
+        if state == "SERVER":
+            self.monitor.servers.append(child)
         self.monitor.poller.register(ours, select.POLLIN, self.monitor.on_message, child)
         return child, theirs
 
