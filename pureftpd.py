@@ -16065,7 +16065,6 @@ EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_ma
               Poller)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
-REHEARSAL_LOGIN = b"USER rehearsal\r\nPASS rehearsal\r\n"
 REHEARSAL_PEM = b"""-----BEGIN CERTIFICATE-----
 MIHnMIGOAgEBMAoGCCqGSM49BAMCMAAwHhcNMjYxMTI5MTQzNjE0WhcNNDgxMDI0
 MTQzNjE0WjAAMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE0t21h8/8pu41frGm
@@ -16136,7 +16135,7 @@ def rehearse_login(setup: Setup, path: str) -> None:
 def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
     """What tls_child() does once it is locked in, with clients that log in and are gone. The certificate's key is nobody's."""
     options, log = Options(**vars(setup.options)), Log(LogSink("none"))
-    options.tlsciphersuite = ""
+    options.tlsciphersuite, options.trustedip, options.anonymousonly = "", (), False
     pem = MemoryFile()
     pem.make("rehearsal", 0)
     try:
@@ -16145,9 +16144,9 @@ def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
         context = tls_context(certificates.ssl, options, path, path, certificates.libssl)
     finally:
         pem.close()
-    for _ in range(times):
+    for number in range(times):
         (sock, client), (channel, monitor) = socket.socketpair(), channel_pair()
-        pid = process_begin(partial(rehearsed_client, certificates.ssl, client, monitor))
+        pid = process_begin(partial(rehearsed_client, certificates.ssl, client, monitor, number % 2 == 0))
         try:
             with sock, client, channel, monitor:
                 client.close()
@@ -16171,21 +16170,30 @@ def rehearse_door(door: TlsDoor) -> None:
                 door.relay.close()
 
 
-def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket) -> None:
-    """The client of a rehearsed TLS process, and the PRIV that lets it in: another process, for a few seconds at most."""
+def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket, polite: bool) -> None:
+    """The client of a rehearsed TLS process, its session, and the PRIV that lets it in: another process, for a few seconds at
+    most. `polite`: the client sends close_notify, which not all do.
+    """
     close_others([client.fileno(), monitor.fileno()])
     signal.alarm(REHEARSAL_SECONDS)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with context.wrap_socket(client) as tls:
-        tls.send(REHEARSAL_LOGIN)
+        tls.send(b"USER rehearsal\r\n")
+        tls.recv(256)
+        tls.send(b"PASS rehearsal\r\n")
         message, fds, _, _ = socket.recv_fds(monitor, MESSAGE_MAX, 1)
         monitor.send(NUMBERED.pack(VERDICT, LOGIN_HEAD.unpack_from(message)[1], VERDICT_IN))
         with socket.socket(fileno=fds[0]) as session:
             session.send(reply_bytes(230, b"OK"))
-        while tls.recv(256)[:3] not in (b"230", b""):
+            tls.recv(256)
+            tls.send(b"QUIT\r\n")
+            session.recv(256)
+            session.send(reply_bytes(221, b"Goodbye"))
+        while tls.recv(256):
             pass
-        tls.unwrap()
+        if polite:
+            tls.unwrap()
 
 # ==== PRIV: its children ==========================================================================
 # How processes are forked, told of things, and kept up with the log. Each has a channel of its own, so PRIV knows who speaks.

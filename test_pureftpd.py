@@ -17107,7 +17107,8 @@ class Rehearsal(unittest.TestCase):
         passed_on, pass_on = [], pureftpd.TlsDoor.pass_on
         for libssl in {None, pureftpd.libssl_load()}:
             certificates = types.SimpleNamespace(ssl=ssl, libssl=libssl)
-            for switches in ((), ("-J", "-S:-C:HIGH", "--tlsminversion=1.3"), ("--tlssessionreuse=off", "-Y", "3")):
+            for switches in ((), ("-J", "-S:-C:HIGH", "--tlsminversion=1.3"), ("--tlssessionreuse=off", "-Y", "3"),
+                             ("-e", "-V", "192.0.2.1")):
                 with self.subTest(libssl=libssl, switches=switches), mock.patch.object(
                         pureftpd.TlsDoor, "pass_on", lambda door: passed_on.append(door.tls.version()) or pass_on(door)):
                     del self.log[:], passed_on[:]
