@@ -560,14 +560,18 @@ def open_how(flags: int, mode: int, resolve: int) -> bytes:
 
 @cache
 def can_open_in_root() -> bool:
-    """Whether open_in_root() works here: Linux 5.6, and nobody forbids it. PRIV asks for all its children."""
+    """Whether open_in_root() works here: Linux 5.6, and nobody forbids it, nor what RootedTree.lacks() asks. PRIV asks for all
+    its children.
+    """
     if libc.four is None:
         return False
     try:
-        os.close(open_in_root(AT_FDCWD, b"/", os.O_PATH | os.O_CLOEXEC))
+        fd = open_in_root(AT_FDCWD, b"/", os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return False
-    return True
+    works = os.access(b".", os.F_OK, dir_fd=fd, follow_symlinks=False)
+    os.close(fd)
+    return works
 
 
 def chmod_by_path_descriptor(fd: int, mode: int) -> bool:

@@ -3258,6 +3258,8 @@ class Database(Files):
                     if (i, j) != (97, 97) and pureftpd.puredb_hash(bytes([i, j])) == wanted)
         self.find_all([(b"aa", b"1"), (twin, b"2"), (b"aa", b"3"), (b"", b"4")])
         self.assertEqual([pureftpd.puredb_find(self.path, key) for key in (b"aa", twin, b"")], [b"1", b"2", b"4"])
+        self.find_all([*((b"aa", b"%d" % i) for i in range(100)), (twin, b"twin")])         # more than are read at once
+        self.assertEqual([pureftpd.puredb_find(self.path, key) for key in (b"aa", twin, b"b")], [b"0", b"twin", None])
 
     def test_a_new_database_counts_at_once(self):
         pureftpd.puredb_write(self.path, lambda: [(b"joe", b"1")])
@@ -7178,6 +7180,17 @@ class KernelWalks(Trees):
 
 
 class RootedTreeConfinement(KernelWalks, WalkedTreeConfinement):
+    def test_what_is_certainly_not_there(self):
+        """Where faccessat2(2) is forbidden, as in old containers, a file would seem to be missing: paths are walked there."""
+        tree = self.tree()
+        self.link("nowhere", "dangling")
+        self.assertEqual([tree.lacks(name) for name in (b"file", b"sub", b"dangling", b"missing")], [False, False, False, True])
+        tree.change_directory(b"sub")
+        self.assertFalse(tree.lacks(b"missing"))                    # not certain
+        with mock.patch.object(os, "access", return_value=False):
+            self.assertFalse(pureftpd.can_open_in_root.__wrapped__())
+        self.assertFalse(pureftpd.WalkedTree(tree.root).lacks(b"missing"))
+
     def test_links_inside_work_as_under_chroot(self):
         """Where the root lies on the host means nothing here, as under chroot(2)."""
         self.link("/sub/below", os.path.join(self.top, "absolute"))
