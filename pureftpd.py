@@ -3845,6 +3845,9 @@ class Proxies:
         self.quiet_till[proxy] = now + 60
         self.log.warning("A connection from %s (--proxyfrom) is closed: %s; this is told once a minute" % (proxy, reason))
 
+
+NO_PROXIES = Proxies((), None)
+
 # ==== Authentication back ends ====================================================================
 # Who knows users and passwords: one row of AUTH_BACKENDS each. A row's check answers None (no such user: the next back
 # end of -l is asked), an Account, NoLogin (known, but not like this: nobody else is asked), or BackendBroken (nobody
@@ -9908,7 +9911,7 @@ class DataPort:
         self.receive_buffer = receive_buffer                    # SO_RCVBUF of a throttled session, 0: the kernel's own
         # FXP: other addresses than the client's are welcome (-w, -W)
         self.foreign = foreign
-        self.proxies = proxies or Proxies((), None)
+        self.proxies = proxies or NO_PROXIES
 
     def close(self) -> None:
         self.free()
@@ -11881,8 +11884,8 @@ class TransferCommands(FileCommands):
         rates = (options.anonymousbandwidth if self.anonymous else None) or options.userbandwidth or (0, 0)
         self.rate_up, self.rate_down = self.account.bandwidth_ul or rates[0], self.account.bandwidth_dl or rates[1]
         self.port = DataPort(attention=self.attention, peer=handover.peer, range_=options.passiveportrange,
-                             foreign=foreign, receive_buffer=throttle_buffer(self.rate_up),
-                             proxies=Proxies(options.proxyfrom, self.log))
+                             foreign=foreign, receive_buffer=throttle_buffer(self.rate_up) if self.rate_up else 0,
+                             proxies=Proxies(options.proxyfrom, self.log) if options.proxyfrom else None)
         self.early = handover.tls and EarlyHandshake(self.attention, self.port, handover.tls)
 
     def next_command(self) -> bytes:
