@@ -16356,8 +16356,8 @@ class Parent:
 
     def forget_tls(self, child: Child) -> None:
         """Of a TLS process: its client has logged in, or gone; or we are another child."""
-        self.handshakes.pop(child.pid, None)
-        if child.tls is not None:
+        if child.tls is not None:                           # else that pid may be another's by now
+            self.handshakes.pop(child.pid, None)
             wipe(child.tls.ticket_keys)
             child.tls = None
 

@@ -17821,6 +17821,15 @@ class ProcessMessages(unittest.TestCase):
             self.monitor.drop_channel(one)
         return heard
 
+    def test_a_pid_that_is_used_again_is_not_mistaken_for_who_had_it(self):
+        (before, _), (after, _) = (self.child("TLS", self.PEER) for _ in range(2))
+        after.tls = pureftpd.ClientTls(None, os.urandom(pureftpd.TICKET_KEYS), None)
+        self.monitor.handshakes[after.pid] = after
+        self.monitor.forget_tls(before)                         # a login that it asked for has ended
+        self.assertEqual(self.monitor.handshakes, {before.pid: after})
+        self.monitor.forget_tls(after)
+        self.assertEqual((self.monitor.handshakes, after.tls), ({}, None))
+
     def test_priv_listens_to_what_that_child_may_say_only(self):
         login = pureftpd.login_message(pureftpd.LoginRequest(1, b"a", b"b", pureftpd.Negotiated(), b""))
         good = {
