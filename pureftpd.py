@@ -9561,6 +9561,7 @@ class Poller:
         else:
             self.kernel, self.poll = select.poll(), self.poll_slowly
         self.actions: "dict[int, Callable[[], object]]" = {}
+        self.gone: "set[int]" = set()                   # whose events of this round are not told: they may be another's by now
 
     def register(self, sock: Any, events: int, action: "Callable[..., object]", *args: Any) -> None:
         """Do action(*args) whenever a socket is ready for POLLIN or POLLOUT, and perhaps when it is not."""
@@ -9576,12 +9577,14 @@ class Poller:
         fd = sock.fileno()
         self.kernel.unregister(fd)
         del self.actions[fd]
+        self.gone.add(fd)
 
     def wait(self, seconds: "float | None") -> None:
         """Till something has happened, or for so long; None: for ever."""
-        for fd, action in [(fd, self.actions.get(fd)) for fd, _ in self.poll(seconds)]:
-            if action is not None and self.actions.get(fd) is action:       # else it was unregistered in this very round
-                action()
+        self.gone.clear()
+        for fd, _ in self.poll(seconds):
+            if fd not in self.gone:
+                self.actions[fd]()
 
     def poll_slowly(self, seconds: "float | None") -> Any:
         return self.kernel.poll(None if seconds is None else poll_milliseconds(seconds))
