@@ -13812,7 +13812,6 @@ class Places:
 # Clients are accepted, greeted, or turned away; who has to make room for others does; and each is waited for as its state wants
 # it. What it says, Server hears.
 
-ACCEPT_AT_ONCE = 64                 # new visitors per round of the loop, so that the others get their turn
 # of a client that has gone, or one that the network or a firewall stopped (accept(2)); all else would not end
 ACCEPT_AGAIN = {errno.ECONNABORTED, errno.EINTR, errno.EPERM, errno.EPROTO, errno.ENOPROTOOPT, errno.ENETDOWN, errno.ENETUNREACH,
                 errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ETIMEDOUT, errno.ENOBUFS, errno.ENOMEM}
@@ -13853,6 +13852,7 @@ class Reception(Door):
         self.poller = Poller()
         # tells when a visitor closes of whom nothing is read now; where there is none such visitors keep their places
         self.farewells = select.epoll() if hasattr(select, "epoll") else None
+        self.watched: "set[Visitor]" = set()                # whose end that would tell
         if self.farewells is not None:
             self.poller.register(self.farewells, select.POLLIN, self.on_farewell, self.farewells)
         for listener in listeners:
@@ -13860,19 +13860,17 @@ class Reception(Door):
             self.poller.register(listener.sock, select.POLLIN, self.on_accept, listener.sock, listener.implicit)
 
     def on_accept(self, listener: socket.socket, implicit: bool) -> None:
-        for _ in range(ACCEPT_AT_ONCE):
-            try:
-                sock, address = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self.out_of_descriptors(listener)
-                    return
-                if error.errno not in ACCEPT_AGAIN:
-                    self.accept_no_more(listener, error)
-                    return
-                continue                                    # the client is gone already
+        """One client; another one wakes us again. To look whether there is one would cost each client an exception."""
+        try:
+            sock, address = listener.accept()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self.out_of_descriptors(listener)
+            elif error.errno not in ACCEPT_AGAIN:           # else the client is gone already
+                self.accept_no_more(listener, error)
+        else:
             self.receive(sock, address, implicit)
 
     def accept_no_more(self, listener: socket.socket, error: OSError) -> None:
@@ -14121,13 +14119,12 @@ class Reception(Door):
             self.set_events(visitor, 0)
             if self.farewells is not None:
                 self.farewells.register(visitor.sock, select.EPOLLRDHUP)
+                self.watched.add(visitor)
 
     def unwatch(self, visitor: Visitor) -> None:
-        if self.farewells is not None:
-            try:
-                self.farewells.unregister(visitor.sock)
-            except (OSError, ValueError):
-                pass                                        # nobody waited for it
+        if self.farewells is not None and visitor in self.watched:
+            self.watched.remove(visitor)
+            self.farewells.unregister(visitor.sock)
 
     def on_farewell(self, farewells: Any) -> None:
         """Who closes while something waits is gone. A check goes on: it counts, and a right one is told in full.
