@@ -483,7 +483,10 @@ def descriptors_few() -> None:
     while those of its user that are on the way are so many. SERVER, which may have more, can still send its clients to PRIV.
     """
     import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors_enough(), descriptors_enough()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors_enough(), descriptors_enough()))
+    except ValueError:
+        pass                                            # it may have fewer already: PRIV's limit was lowered (prlimit(1))
 
 
 def no_new_privs() -> bool:

@@ -1664,6 +1664,18 @@ class Wiping(unittest.TestCase):
                 self.assertEqual((before, behind), (b"before", b"behind"))
 
 
+class FewDescriptors(unittest.TestCase):
+    def test_a_limit_that_was_lowered_since_is_few_enough(self):
+        def lowered():
+            pureftpd.descriptors_enough()                       # PRIV has asked
+            if ROOT:
+                os.setresuid(EXAM_UID, EXAM_UID, EXAM_UID)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))
+            pureftpd.descriptors_few()
+            return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.assertEqual(in_child(lowered), (50, ""))
+
+
 # ==== Memory that processes share =================================================================
 # What is done to it before the first fork, each in a process of its own. (Objects that are not counted: SharedObjects.)
 
