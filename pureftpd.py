@@ -331,20 +331,9 @@ class LibC:
             self.ctypes = self.library = None
         # syscall(2) of four arguments (numbers, bytes, None): with their types known they cost half
         self.four: Any = None
-        self.fork: Any = None                           # see process_fork()
         if self.library is not None and sys.platform.startswith("linux"):
             long, word = self.ctypes.c_long, self.ctypes.c_void_p
             self.four = self.ctypes.CFUNCTYPE(long, long, word, word, word, word, use_errno=True)(("syscall", self.library))
-            self.fork = self.fork_of_python() if sys.version_info >= (3, 12) else None
-
-    def fork_of_python(self) -> Any:
-        """What os.fork() calls: (before it, itself, in the parent, in the child); None where os.fork() is as good."""
-        kind = self.ctypes.PYFUNCTYPE(self.ctypes.c_int)
-        try:
-            return tuple(kind((name, self.ctypes.pythonapi)) for name in (
-                "PyOS_BeforeFork", "fork", "PyOS_AfterFork_Parent", "PyOS_AfterFork_Child"))
-        except AttributeError:                          # an interpreter that has no such functions, or keeps them to itself
-            return None
 
     def memory_at(self, address: int, length: int) -> memoryview:
         """So much of this process's memory."""
@@ -682,24 +671,11 @@ class MemoryFile:
             self.fd = -1
 
 
-def process_fork() -> int:
-    """os.fork(), but for what this does since Python 3.12: it reads /proc/self/stat each time, to warn of threads. There are none
-    here, and that is 20 us (of 160 for a small process), and five pages that are copied for it. Raises OSError.
-    """
-    pid = -1
-    if libc.fork is not None:
-        before, fork, in_parent, in_child = libc.fork
-        before()
-        pid = fork()
-        (in_parent if pid else in_child)()
-    return pid if pid >= 0 else os.fork()                   # which tells what is wrong
-
-
 def process_begin(work: "Callable[[], int | None]") -> int:
     """The pid of a new process, which does `work` and ends with the status that this returns, or 1. It never goes on in what
     its parent does. Raises OSError.
     """
-    pid = process_fork()
+    pid = os.fork()
     if not pid:
         status = 1
         try:
@@ -15416,7 +15392,7 @@ def certificates_read(options: Options, log: Log, before: "Certificates | None")
 
 PRIV_AS_ROOT = {
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.fork_of_python ctypes_load random_secret",
+        "LibC.__init__ ctypes_load random_secret",
     "Memory that processes share":
         "heap_take memory_scrub memory_trim",
     "Log":
@@ -15619,8 +15595,8 @@ LOGIN_AS_ROOT = {
     "Errors that carry intent":
         "printable",
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.call LibC.fork_of_python LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds "
-        "ctypes_load file_map in_tmpfs mmap_of_libc process_begin process_fork process_telling wipe",
+        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds ctypes_load file_map "
+        "in_tmpfs mmap_of_libc process_begin process_telling wipe",
     "Options":
         "did_you_mean",
     "Values of options":

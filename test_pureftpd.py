@@ -440,13 +440,10 @@ class Layout(unittest.TestCase):
         self.assertIsNone(names["tool_pw"](["--help"]))
 
     def test_children_leave_by_exit(self):
-        """A forked child never goes on in its parent's code: it is forked where its way out is os._exit."""
-        forks = {(function.name, node.value.id) for function, inside in self.functions.items() for node in inside
-                 if isinstance(node, ast.Attribute) and node.attr == "fork" and getattr(node.value, "id", "") in ("os", "libc")}
-        self.assertEqual(forks, {("process_fork", "os"), ("process_fork", "libc"), ("background", "os")})
+        """A forked child never goes on in its parent's code: os.fork() is called where its way out is os._exit."""
         forks = {function.name for function, inside in self.functions.items() for node in inside
-                 if isinstance(node, ast.Name) and node.id == "process_fork"}
-        self.assertEqual(forks, {"process_begin"})
+                 if isinstance(node, ast.Attribute) and node.attr == "fork" and getattr(node.value, "id", "") == "os"}
+        self.assertEqual(forks, {"process_begin", "background"})
 
     def test_no_bare_except_and_no_global(self):
         wrong = [node.lineno for node in self.nodes
@@ -1599,35 +1596,6 @@ def load_tests(loader, tests, pattern):
 
 # ==== System calls that Python does not wrap ======================================================
 # They are optional: what happens without them.
-
-
-class Forks(unittest.TestCase):
-    """process_fork() is os.fork(), whoever does it."""
-
-    def forked(self, program):
-        done = subprocess.run([*EXAM_PYTHON, "-c", "import os, resource, pureftpd\n" + program], stdout=subprocess.PIPE,
-                              timeout=EXAM_SECONDS, text=True)
-        self.assertEqual(done.returncode, 0)
-        return done.stdout.split()
-
-    def test_python_hears_of_it(self):
-        told = self.forked("tell = lambda word: lambda: os.write(1, word)\n"
-                           "os.register_at_fork(before=tell(b'before '), after_in_child=tell(b'child '))\n"
-                           "pid = pureftpd.process_begin(lambda: os.write(1, b'%d ' % os.getpid()) and 7)\n"
-                           "print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))")
-        self.assertEqual(told, ["before", "child", told[2], told[2], "7"])
-
-    def test_that_there_can_be_none_is_told(self):
-        told = self.forked("if not os.geteuid():\n    os.setuid(65534)\n"
-                           "resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
-                           "try:\n    pureftpd.process_begin(lambda: 0)\n"
-                           "except OSError as error:\n    print(error.errno)")
-        self.assertEqual(told, [str(errno.EAGAIN)])
-
-    @unittest.skipUnless(pureftpd.libc.fork, "needs Linux and CPython 3.12")
-    def test_nothing_is_read_for_it(self):
-        with mock.patch.object(os, "fork", side_effect=AssertionError):
-            os.waitpid(pureftpd.process_begin(lambda: 0), 0)
 
 
 class WithoutProc(unittest.TestCase):
@@ -4409,8 +4377,7 @@ class SQLiteBackend(BackendTest):
                 self.login(("sqlite", path))
 
     def test_a_sample_that_no_child_can_take_is_told(self):
-        unforkable = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
-        with mock.patch.object(pureftpd, "process_fork", side_effect=unforkable):
+        with mock.patch.object(os, "fork", side_effect=BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")):
             pureftpd.authentication_preload(login_options(("sqlite", self.database())), self.log)
         self.assertIn("Resource temporarily unavailable", self.log[0][1])
 
@@ -18562,7 +18529,7 @@ class ProcessReloads(ProcExam):
 
 # The fork of the second SERVER fails.
 UNFORKABLE = """
-fork, monitor_fork, servers, due = pureftpd.process_fork, pureftpd.Monitor.fork, [], []
+fork, monitor_fork, servers, due = os.fork, pureftpd.Monitor.fork, [], []
 def counted(self, state, *args, **known):
     servers.extend([state] if state == "SERVER" else [])
     due[:] = [1] if state == "SERVER" and len(servers) == 2 else []
@@ -18571,7 +18538,7 @@ def unforkable():
     if due:
         raise BlockingIOError(11, "Resource temporarily unavailable")
     return fork()
-pureftpd.process_fork, pureftpd.Monitor.fork = unforkable, counted
+os.fork, pureftpd.Monitor.fork = unforkable, counted
 """
 
 
