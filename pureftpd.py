@@ -3340,7 +3340,7 @@ def close_others(keep: "list[int]") -> None:
                 if fd > 2 and fd not in keep:
                     os.closerange(fd, fd + 1)
             return
-    kept = sorted({2, *keep})
+    kept = sorted({0, 1, 2, *keep})
     for low, high in zip(kept, kept[1:]):
         if high - low > 1:                                  # an empty range is slow: it is tried without close_range(2)
             os.closerange(low + 1, high)
