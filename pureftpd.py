@@ -12571,8 +12571,9 @@ class UploadCommands(HashCommands):
         it open. Who resumes sends REST with the file's size (lftp) or APPE (curl), and nothing at all to a file that is longer
         already, so only those see it who write into a file: ffmpeg goes back to mend a header and would lose the rest.
         """
-        st = os.fstat(upload.fd)
-        if not upload.held and not (upload_hold(upload.fd, not upload.whole) and st.st_nlink) and upload.whole:
+        held = upload.held or upload_hold(upload.fd, not upload.whole)
+        st = os.fstat(upload.fd)                                        # only now: who held it till then may have ended
+        if not upload.held and not (held and st.st_nlink) and upload.whole:
             return self.upload_anew(upload)
         before = st.st_size
         if upload.created and not before:
@@ -12743,7 +12744,7 @@ class UploadCommands(HashCommands):
             with self.quota.lock() as account:          # first: who begins an upload holds this until the file is counted
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.tree.unlink(path)
-                account.charge(-1, -st.st_size)
+                account.charge(-1, -os.fstat(fd).st_size)
             self.log.info("Removed %s, which a session that was killed has left" % printable(path))
         except OSError:
             return                                      # it is being written

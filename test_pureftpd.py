@@ -11751,6 +11751,27 @@ pureftpd.upload_hold = upload_hold
         self.assertEqual(client.store("STOR file", b"x")[0], 226)
         self.assertEqual(self.content("file"), b"x")
 
+    @unittest.skipIf(PROTOCOL_ORIGINAL, "our own processes")
+    def test_a_file_that_another_session_lets_go_is_looked_at_then(self):
+        """It was deleted while that session wrote it, and the upload that wants it had looked at it before."""
+        first, second, third = (self.client(user="quota", patches="""
+def upload_hold(fd, shared=False, hold=pureftpd.upload_hold, tries=[]):
+    tries.append(fd)
+    while len(tries) == 2 and (pureftpd.os.fstat(fd).st_nlink or not hold(fd)):
+        pureftpd.select.select((), (), (), 0.001)
+    return hold(fd, shared)
+pureftpd.upload_hold = upload_hold
+""") for _ in range(3))
+        home = os.path.join(self.place, "quota")
+        with first.passive() as data, second.passive() as more:
+            self.assertEqual((first.code("STOR file"), second.code("STOR file")), (150, 150))
+            data.sendall(bytes(3000))
+            more.sendall(b"newer")
+            self.wait_for_size(os.path.join(home, "file"), 3000)
+            self.assertEqual(third.code("DELE file"), 250)
+        self.assertEqual((first.reply()[0], second.reply()[0]), (226, 226))
+        self.assertEqual((self.content(".ftpquota", home).split(), self.content("file", home)), ([b"1", b"5"], b"newer"))
+
     @unittest.skipIf(PROTOCOL_ORIGINAL, "a new file")
     def test_nobody_is_kept_waiting_at_login_by_directories_in_directories(self):
         """They may be of an account whose home is in this one; each path costs what it is long."""
