@@ -1852,7 +1852,9 @@ taken = pureftpd.heap_take()
 print(len(taken) >= 1000, len(set(taken)) == len(taken), len(pureftpd.heap_take()) < 10)
 new = [bytearray(3000) for n in range(100)]
 import ctypes
-print(all(not any(at <= ctypes.addressof(ctypes.c_char.from_buffer(one)) < at + 3000 for at in taken) for one in new))
+room = pureftpd.libc.library.malloc_usable_size
+room.restype, room.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
+print(all(not any(at <= ctypes.addressof(ctypes.c_char.from_buffer(one)) < at + room(at) for at in taken) for one in new))
 """), "True True True\nTrue\n")
 
     def test_a_heap_above_all_other_memory(self):
