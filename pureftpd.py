@@ -1460,10 +1460,7 @@ def is_digits(text: "str | bytes") -> bool:
 
 def whole_number(text: "str | bytes", most: int = 2**63 - 1, least: int = 0) -> "int | None":
     """The number in `text` when it is_digits() and not beyond the limits; else None."""
-    if text.isascii() and text.isdigit() and len(text) <= 20:           # is_digits(), without a call: logins ask often
-        number = int(text)
-        return number if least <= number <= most else None
-    return None
+    return int(text) if is_digits(text) and least <= int(text) <= most else None
 
 
 def whole_pair(low: int, what: str, times: "tuple[int, int]" = (1, 1)) -> "Callable[[str], tuple[int, int]]":
@@ -2703,7 +2700,7 @@ def password_usable(hashed: str) -> bool:
 
 def hash_problem(hashed: str) -> str:
     """What stands in the place of a hash, and what to do, for a log: nothing of a password; "" when it is a hash."""
-    if hash_check(hashed) is not None:
+    if password_usable(hashed):
         kind, length = hash_kind(hashed), len(hashed) - hashed.rfind("$") - 1
         damaged = not hashed.isascii() or not hashed.isprintable() or CRYPT_DIGESTS.get(kind, length) != length
         return f"the stored {kind} hash is damaged, {HASH_REMEDY}" if damaged else ""
@@ -4040,7 +4037,7 @@ def record_account(backend: str, line: bytes, rules: "dict[str, Any]", peer: Pee
     `rules` take the place of those of the line, which cannot hold IPv6 addresses.
     """
     try:
-        record = PasswdRecord.from_fields(line.split(b":"))
+        record = passwd_record(line)
         if rules:
             record = record._replace(**rules)
     except ValueError as error:
@@ -15616,7 +15613,7 @@ LOGIN_AS_ROOT = {
     "PureDB":
         "PasswdRecord.from_fields PureDB.__enter__ PureDB.__exit__ PureDB.__init__ PureDB.bucket PureDB.damaged "
         "PureDB.find PureDB.read PureDB.record PureDB.sample PureDB.words passwd_limits passwd_number passwd_padded "
-        "puredb_find puredb_hash puredb_sample",
+        "passwd_record puredb_find puredb_hash puredb_sample",
     "Giving up root":
         "Privileges.dropped addresses_limit child_answer close_others die privsep_account privsep_user",
     "Accounts and access rules":
