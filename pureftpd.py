@@ -228,7 +228,7 @@ import socket
 import stat
 import struct
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property, lru_cache, partial
@@ -738,22 +738,23 @@ def daemonize() -> None:
 #                        of its own (code_gather())
 #     between objects    what is made anew fills holes, wherever they are: they are filled before (holes_fill())
 #
-# A fork goes through all pages, and so does an exit: memory that is free is given back (memory_trim()), and what is left the
-# kernel handles by 2 MiB where it can (pages_join()). What was read into memory and freed would go to all children, too: it is
-# overwritten (memory_scrub()). All this is CPython's, glibc's and Linux's: elsewhere, where its layout is not known, or where a
-# trial in a child fails, nothing is done.
+# A fork goes through all pages, an exit, too, and a child that reads one finds that its processor does not know it yet: memory
+# that is free is given back (memory_trim()), and the kernel maps what nobody writes to by 2 MiB (pages_join()). Where PRIV writes
+# one byte there, all that is over for these 2 MiB, for itself and for all children to come: so what it changes is made after
+# holes_fill(), and what it does at each login has been done before (rehearse_monitor()). What was read into memory and freed
+# would go to all children, too: it is overwritten (memory_scrub()). All this is CPython's, glibc's and Linux's: elsewhere, where
+# its layout is not known, or where a trial in a child fails, nothing is done.
 #
 # Measured (Linux 6.18): on 3.13 logins cost a fifth less CPU, in the clear and under TLS; a session copies 175 pages and
 # PRIV for it 76 (253 and 111 otherwise); an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes 80 ms of a start.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
-POOL, POOL_HEAD, POOL_MOST = 1 << 14, 48, 512       # CPython's Objects/obmalloc.c: a pool, its head, the largest object in one
-HOLES_MOST = 1 << 17                # bytes, at most, that fill the holes of a size
+POOL, POOL_MOST = 1 << 14, 512      # CPython's Objects/obmalloc.c: the bytes of a pool, and of the largest object in one
 # mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
 # longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
 HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
-MADV_COLLAPSE = 25                  # madvise(2), since Linux 6.1
+MADV_NOHUGEPAGE, MADV_COLLAPSE = 15, 25             # madvise(2); the second one since Linux 6.1
 
 
 def memory_trim() -> None:
@@ -871,10 +872,14 @@ def objects_share(mortal: "tuple[type, ...]" = ()) -> bool:
             if count(thing) < IMMORTAL_LEAST and type(thing) not in mortal:
                 libc.ctypes.memmove(id(thing), head, len(head))
                 marked.append(thing)
+                if type(thing) is str:
+                    hash(thing)                         # kept in it, the first time that it is asked for
         codes = [thing for thing in marked if type(thing) is CodeType]
         for code in codes:
             constants_uncount(code)
-        fresh = gc.get_referents(*marked) + [code.co_consts for code in codes]          # which the collector does not look at
+        # the collector looks at no code, and at no names
+        fresh = gc.get_referents(*marked) + [code.co_consts for code in codes]
+        fresh += [key for thing in marked if type(thing) is dict for key in thing]
     gc.freeze()
     gc.enable()
     return bool(head)
@@ -978,6 +983,8 @@ def code_copies(codes: "dict[int, CodeType]") -> "dict[int, CodeType]":
     copies: "dict[int, CodeType]" = {}
     place = mmap(None, CODE_PAGES, MMAP_READ | MMAP_WRITE, MMAP_PRIVATE | MMAP_ANONYMOUS, -1, 0) if mmap is not None else None
     left = CODE_PAGES if place and place != MMAP_FAILED else 0
+    if left:
+        libc.library.madvise(libc.ctypes.c_void_p(place), libc.ctypes.c_size_t(CODE_PAGES), MADV_NOHUGEPAGE)
     for address, code in codes.items():
         size = sys.getsizeof(code)
         left -= -(-size // 16) * 16
@@ -989,31 +996,68 @@ def code_copies(codes: "dict[int, CodeType]") -> "dict[int, CodeType]":
     return copies
 
 
-def holes_fill() -> None:
-    """Take what is free between the objects of each size, and in the heap, for good: what is made from now on lies together.
+def private_memory() -> "list[tuple[int, int]]":
+    """Where objects are: (the first address, that behind the last one) of memory that is no file's; [] where that is not told."""
+    try:
+        with open("/proc/self/maps") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return []
+    return [(int(start, 16), int(end, 16)) for (place, mode, _, _, _, *name) in lines if mode == "rw-p"
+            and name in ([], ["[heap]"]) for start, end in [place.split("-")]]
 
-    Where three are made in a row from the beginning of a pool, it is a new one: there were no holes left for that size.
+
+def for_good(thing: Any) -> Any:
+    """The same, never to be freed."""
+    libc.ctypes.pythonapi.Py_IncRef(libc.ctypes.py_object(thing))
+    return thing
+
+
+def type_cache_clear() -> None:
+    """Empty what Python remembers of where classes have their attributes. Nobody else may hold the names in it: each would leave
+    a hole when another one takes its place.
+    """
+    clear = getattr(sys, "_clear_internal_caches", getattr(sys, "_clear_type_cache", None))     # the first one since 3.13
+    if clear is not None:
+        clear()
+
+
+def holes_fill(places: "list[tuple[int, int]]") -> None:
+    """Take what is free in these places (private_memory()) between the objects of each size, and in the heap, for good: what is
+    made from now on lies elsewhere, and together.
+
+    What is used for it, and freed, would be a hole again: it is kept. What came from Python's own lists of free objects is found
+    the second time, when these have been emptied.
     """
     import gc
-    if not layout_known():
+    if not layout_known() or not places:
         return
-    gc.collect()                                        # empties Python's lists of free objects, too
-    keep = libc.ctypes.pythonapi.Py_IncRef
-    keep.argtypes = [libc.ctypes.py_object]
-    for size in range(POOL_MOST, 0, -16):
-        row = 0
-        for _ in repeat(None, HOLES_MOST // size):      # no numbers, which would be made in between
-            thing: Any = object() if size == 16 else 1j * size if size == 32 else bytes(size - 33)
-            keep(thing)
-            row = row + 1 if id(thing) % POOL == POOL_HEAD + row * size else 0
-            if row == 3:
-                break
+    bounds = for_good([address for place in for_good(places) for address in place])
+    for_good(slice(0))                                          # Python has one at hand
+    for _ in for_good(iter((1, 2))):
+        gc.collect()                                        # empties these lists
+        for size in for_good(iter(for_good(range(POOL_MOST, 0, -16)))):
+            while pool_taken(size, bounds):
+                pass
+    for_good([[[] for _ in range(100)], [(number,) for number in range(100)]])
     heap_take()
     memory_trim()
 
 
-def pages_join() -> None:
-    """Have the kernel map memory by huge pages, where there is enough of it in a row. Of one that a child writes to, 4 KiB are
+def pool_taken(size: int, bounds: "list[int]") -> bool:
+    """Make as many objects of a size as a pool has room for, and keep those that lie in the places. Whether any did: Python goes
+    from one pool to the next when it is full, and to new places at last.
+    """
+    things: "list[Any]" = [object() if size == 16 else 1j * size if size == 32 else bytes(size - 33)
+                           for _ in for_good(repeat(None, POOL // size))]
+    inside = [thing for thing in things if bisect_right(bounds, id(thing)) % 2]
+    for thing in for_good(iter(inside)):
+        for_good(thing)
+    return bool(inside)
+
+
+def pages_join(places: "list[tuple[int, int]]") -> None:
+    """Have the kernel map these places by huge pages, where there is enough in a row. Of one that a child writes to, 4 KiB are
     copied, as ever.
     """
     if libc.library is None:
@@ -1021,15 +1065,11 @@ def pages_join() -> None:
     try:
         with open("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size") as file:
             size = int(file.read())
-        with open("/proc/self/maps") as file:
-            lines = [line.split() for line in file]
     except (OSError, ValueError):
         return
-    for place, mode, _, _, _, *name in lines:
-        if mode == "rw-p" and name in ([], ["[heap]"]):
-            start, end = (int(address, 16) for address in place.split("-"))
-            for address in range(-(-start // size) * size, end - size + 1, size):
-                libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
+    for start, end in places:
+        for address in range(-(-start // size) * size, end - size + 1, size):
+            libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
 
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
@@ -13043,7 +13083,7 @@ class Familiar:
         return now < self.pairs.get(pair, -FAMILIAR_SECONDS) + FAMILIAR_SECONDS
 
     def holds_some_of(self, address: str, now: float) -> bool:
-        return now < self.addresses.get(address_key(address), -FAMILIAR_SECONDS) + FAMILIAR_SECONDS
+        return now < self.addresses.get(address_key_again(address), -FAMILIAR_SECONDS) + FAMILIAR_SECONDS
 
 
 class Suspect:
@@ -13154,13 +13194,13 @@ class Defender:
 
     @staticmethod
     def key(who: "str | bytes") -> bytes:
-        return address_key(who) if isinstance(who, str) else who
+        return address_key_again(who) if isinstance(who, str) else who
 
     def suspect(self, who: "str | bytes", now: float, create: bool = False) -> "Suspect | None":
         """The Suspect, its level as of `now`. None: unknown and not to be created, or never suspected."""
         if not self.ban_after or self.never and isinstance(who, str) and any(network.holds(who) for network in self.never):
             return None
-        key = address_key(who) if isinstance(who, str) else who
+        key = address_key_again(who) if isinstance(who, str) else who
         suspect = self.suspects.get(key)
         if suspect is None:
             if not create:
@@ -13184,7 +13224,6 @@ class Defender:
                 del self.suspects[oldest]
 
 
-@lru_cache(256)                     # asked for several times a client; and login children find it here
 def address_key(address: str) -> bytes:
     """Under which key an address is counted: IPv4's 4 bytes (IPv4-mapped ones too), IPv6's first 8, else its text."""
     address = address_text(address)
@@ -13192,6 +13231,9 @@ def address_key(address: str) -> bytes:
         return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)[:8]
     except OSError:
         return address.encode()[:8]
+
+
+address_key_again = lru_cache(256)(address_key)     # for SERVER, which asks several times a client
 
 
 def address_of_key(key: bytes) -> str:
@@ -13735,11 +13777,11 @@ class Places:
                 self.add_stranger(number, address)
 
     def take(self, host: str) -> None:
-        key = address_key(host)
+        key = address_key_again(host)
         self.per_address[key] = self.per_address.get(key, 0) + 1
 
     def give_back(self, host: str) -> None:
-        key = address_key(host)
+        key = address_key_again(host)
         left = self.per_address.get(key, 1) - 1
         if left:
             self.per_address[key] = left
@@ -13748,21 +13790,21 @@ class Places:
 
     def all_taken(self, host: str) -> bool:
         """Whether as many clients are here from there as may be (-C)."""
-        return bool(self.most) and self.per_address.get(address_key(host), 0) >= self.most
+        return bool(self.most) and self.per_address.get(address_key_again(host), 0) >= self.most
 
     def add_stranger(self, stranger: Any, host: str) -> None:
-        self.strangers.setdefault(address_key(host), {})[stranger] = None
+        self.strangers.setdefault(address_key_again(host), {})[stranger] = None
 
     def no_stranger(self, stranger: Any, host: str) -> None:
         """It has logged in or gone."""
-        crowd = self.strangers.get(address_key(host), {})
+        crowd = self.strangers.get(address_key_again(host), {})
         crowd.pop(stranger, None)
         if not crowd:
-            self.strangers.pop(address_key(host), None)
+            self.strangers.pop(address_key_again(host), None)
 
     def crowd_of(self, host: str) -> "dict[Any, None]":
         """The strangers from there, where they are as many as may be; else nobody."""
-        crowd = self.strangers.get(address_key(host), {})
+        crowd = self.strangers.get(address_key_again(host), {})
         return crowd if len(crowd) >= self.strangers_max else {}
 
     def crowds(self) -> "list[dict[Any, None]]":
@@ -13779,10 +13821,10 @@ class Places:
         """One more client from there is turned away: how many those are in this minute; 0: more addresses than are counted."""
         if now >= self.objections_till:
             self.objections, self.objections_till = {}, now + 60
-        number = self.objections.get(address_key(host), 0) + 1
+        number = self.objections.get(address_key_again(host), 0) + 1
         if len(self.objections) >= DEFENDER_ADDRESSES and number == 1:
             return 0
-        self.objections[address_key(host)] = number
+        self.objections[address_key_again(host)] = number
         return number
 
 # ==== SERVER: coming and going ====================================================================
@@ -14478,10 +14520,12 @@ class Certificates:
         if self.libssl is None:
             return self.context_or_last(paths)
         state = files_state(paths)
-        known, context = self.contexts.pop(paths, (None, None))
-        if state is None or state != known:
+        known, context = self.contexts.get(paths, (None, None))
+        changed = state is None or state != known
+        if changed:
             context = self.context_or_last(paths) or context
-        if context is not None:
+        if context is not None and (changed or paths != next(reversed(self.contexts))):
+            self.contexts.pop(paths, None)
             self.contexts[paths] = state, context
             if len(self.contexts) > CONTEXTS_MAX:
                 del self.contexts[next(iter(self.contexts))]
@@ -15455,6 +15499,8 @@ class as_root:
     Nothing that is long belongs inside.
     """
 
+    __slots__ = ("privileges",)
+
     def __init__(self, privileges: Privileges) -> None:
         self.privileges = privileges
 
@@ -16046,7 +16092,7 @@ REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from 
 REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              Poller)
+              Poller, Certificates, Familiar, Peer, LogSink, os.environ.get, as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
 REHEARSAL_PEM = b"""-----BEGIN CERTIFICATE-----
@@ -16193,6 +16239,10 @@ PROCESS_TITLES = {
 
 class Child:
     """A process that PRIV has forked."""
+
+    # slots, here and where each login makes such an object: of others, a class counts the first 30
+    __slots__ = ("pid", "state", "channel", "number", "peer", "asker", "tls", "altlog", "proxyfrom", "dismissed", "consultation",
+                 "logins", "quick", "marks", "permitted", "listed")
 
     def __init__(self, pid: int, state: str, channel: socket.socket, number: int = 0, peer: "Peer | None" = None,
                  asker: "Child | None" = None, tls: "ClientTls | None" = None, altlog: "tuple[tuple[str, str], ...]" = (),
@@ -16516,8 +16566,11 @@ class LoginKeeper(PortKeeper):
         child.logins += 1
         if child.tls is None:
             raise MessageError("LOGIN of a client that is logged in already")
-        if child.logins > TLS_LOGINS_MAX or any(asker is child for _, asker in (*self.waiting, *self.consulting.values())):
-            raise MessageError("LOGIN out of turn")
+        for _, asker in (*self.waiting, *self.consulting.values()):
+            if asker is child:
+                raise MessageError("LOGIN before the last one is answered")
+        if child.logins > TLS_LOGINS_MAX:
+            raise MessageError("LOGIN once too often")
 
     def consult(self, login: Login, asker: Child) -> None:
         """SERVER, where the attempts of all clients are counted, decides when this one's password may be checked."""
@@ -16808,7 +16861,7 @@ LAST_WORDS_MAX = 300                # messages of a process that has ended: what
 class Monitor(ToolKeeper):
     """PRIV's loop."""
 
-    def __init__(self, setup: Setup, argv: "list[str]", listeners: "list[Listener]",
+    def __init__(self, setup: Setup, argv: "list[str]", listeners: "list[Listener]", directory: str,
                  inetd: "socket.socket | None" = None, control: "socket.socket | None" = None) -> None:
         super().__init__(setup, control)
         self.argv, self.listeners, self.inetd = argv, listeners, inetd
@@ -16820,14 +16873,17 @@ class Monitor(ToolKeeper):
         self.stop_at: "float | None" = None                     # when those that are left will be killed
         self.kills = 0                                          # how often they were
         self.pipe: "int | None" = None                          # of -o, since a SIGHUP
-        self.directory = os.getcwd()                        # what relative names of the command line are relative to
+        self.directory = directory                          # what relative names of the command line are relative to
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT has ended everything."""
+    def begin(self) -> None:
+        """What is left to do before the first fork."""
         self.catch_signals()
         remembered.begin(self.setup.options.remember)
         known_names.begin()
         port_queue.begin()
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT has ended everything."""
         self.start_server()
         privsep_unpriv_user(self.setup.privileges)
         if self.control is not None:
@@ -23063,6 +23119,23 @@ def variables_rewritten(argv: "list[str]") -> "list[str]":
     print(f"{PROGRAM}: --env stands for: {printable(os.fsencode(' '.join(words)))}", file=sys.stderr, flush=True)
     return words
 
+def rehearse_monitor(monitor: Monitor) -> None:
+    """What PRIV does for each login, but for what would be seen."""
+    setup = monitor.setup
+    with socket.socket() as asker:
+        for _ in range(max(REHEARSALS, 2)):
+            peer = Peer(**PEER_NOBODY._asdict())
+            login = Login(number=0, marks=b"", message=b"", client=-1, peer=peer, asker=asker, tls=None)
+            child = Child(pid=0, state=STATE_TLS, channel=asker, peer=login._replace(permitted=0.0).peer)
+            monitor.forget_tls(child)
+            monitor.waiting.clear()
+            monitor.pause()
+            monitor.poller.wait(0.0)
+            Familiar().note(b"", peer.address, 0.0)
+            with as_root(setup.privileges):
+                if setup.certificates is not None:
+                    setup.certificates.context_ready(setup.options.certfile)
+
 # ==== Starting ====================================================================================
 # From a command line to Monitor.run(): options, listening sockets, state directory, log, pid file. Mistakes end here,
 # with one line on stderr and exit status 1, before anybody is served. Nothing of a client is read in this section.
@@ -23174,26 +23247,34 @@ def serve_forever(argv: "list[str]", options: Options) -> int:
         os.environ["LISTEN_PID"] = str(os.getpid())         # SIGHUP wants to know it again
     if not inetd:
         pidfile_write(options.pidfile)
-    monitor = Monitor(setup, argv, listeners, inetd, None if inetd else control_open(setup.statedir, log))
+    control, directory = None if inetd else control_open(setup.statedir, log), os.getcwd()
+    monitor: "Monitor | None" = None
     try:
         announce(setup, listeners)
-        return privsep_init(monitor, ready)
+        places = privsep_init(setup, inetd is None, ready)
+        monitor = Monitor(setup=setup, argv=argv, listeners=listeners, directory=directory, inetd=inetd, control=control)
+        monitor.begin()
+        if inetd is None:
+            memory_settle(monitor, places)
+        monitor.run()
+        return monitor.status
     finally:
         if not inetd:
             with as_root(privileges):
-                pidfile_remove(monitor.setup.options.pidfile)       # as it was named last
+                pidfile_remove((monitor.setup if monitor else setup).options.pidfile)       # as it was named last
         if pipe is not None:
             os.close(pipe)
 
 
-def privsep_init(monitor: Monitor, ready: "int | None") -> int:
-    """Become PRIV: load all, close what is not needed, fork SERVER, drop root till it is needed. The exit status."""
+def privsep_init(setup: Setup, forking: bool, ready: "int | None") -> "list[tuple[int, int]]":
+    """Become PRIV: load all, close what is not needed, drop root till it is needed. What memory_prepare() says, when many
+    clients are to be served (`forking`).
+    """
     import fcntl
     import grp
     import pwd
     import resource
     del fcntl, grp, pwd, resource                   # loaded here, before the first fork, once for all children
-    setup = monitor.setup
     file_hashes_load(setup.certificates is not None)
     if setup.privileges.root:
         try:
@@ -23206,26 +23287,37 @@ def privsep_init(monitor: Monitor, ready: "int | None") -> int:
     if ready is not None:
         detach(ready)
     privsep_privpart_closejunk()
-    if monitor.inetd is None:
-        memory_prepare(setup)
+    places = memory_prepare(setup) if forking else []
     process_title("pure-ftpd (PRIV)")
     memory_trim()
-    monitor.run()
-    return monitor.status
+    return places
 
 
-def memory_prepare(setup: Setup) -> None:
-    """Before the first fork: what all children share becomes as good as it gets. Not for one client of inetd's."""
+def memory_prepare(setup: Setup) -> "list[tuple[int, int]]":
+    """Before PRIV begins: what all children share becomes as good as it gets. Where it lies (private_memory()); what is made from
+    now on lies elsewhere. Not for one client of inetd's.
+    """
     for title in PROCESS_TITLES.values():
         title_text(title)
     descriptors_enough()
+    type_cache_clear()
     if REHEARSALS:
         rehearse(setup, REHEARSALS)
-        code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1]]))
-    shared = objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())  # which overwrite keys when freed
-    holes_fill()
-    if shared:                                          # else children write to most pages anyway
-        pages_join()
+        code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1], Child, Login]))
+    objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())       # which overwrite keys when freed
+    places = private_memory()
+    holes_fill(places)
+    return places
+
+
+def memory_settle(monitor: Monitor, places: "list[tuple[int, int]]") -> None:
+    """Right before the first fork: PRIV has what it changes, and has done what it does for each login, so it no longer writes to
+    these places.
+    """
+    rehearse_monitor(monitor)
+    holes_fill(places)
+    if immortal_head():                                 # else children write to most pages anyway
+        pages_join(places)
 
 
 def privsep_privpart_closejunk() -> None:

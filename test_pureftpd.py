@@ -342,12 +342,13 @@ class Layout(unittest.TestCase):
                 and isinstance(node.value, ast.Name) and node.value.id == "os")
 
     def test_who_raises_root(self):
-        """as_root and privsep_priv_user are called where PRIV serves a request, and where a child begins."""
+        """as_root and privsep_priv_user are called where PRIV serves a request, or rehearses, and where a child begins."""
         found = {function.name for function, inside in self.functions.items() for node in inside
                  if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("as_root", "privsep_priv_user")}
         self.assertEqual({name for name in found if not name.startswith("root_")}, self.RAISERS)
 
-    RAISERS = {"__enter__", "rehearse", "login_child", "server_child", "tls_child", "fork_tls", "reload", "serve_forever"}
+    RAISERS = {"__enter__", "rehearse", "rehearse_monitor", "login_child", "server_child", "tls_child", "fork_tls", "reload",
+               "serve_forever"}
 
     def test_what_a_login_child_can_call_while_it_is_root(self):
         start = next(node for node in self.functions if node.name == "login_child")
@@ -1836,10 +1837,12 @@ gc.collect()
     def test_new_objects_lie_together(self):
         if sys.implementation.name != "cpython" or pureftpd.libc.library is None:
             self.skipTest("knows CPython's allocator")
-        before, after = (int(memory_run(self.PROGRAM % work)) for work in ("memory_trim()", "holes_fill()"))
+        before, after = (int(memory_run(self.PROGRAM % work)) for work in (
+            "memory_trim()", "holes_fill(pureftpd.private_memory())"))
         self.assertGreater(before, 300)                 # else this says nothing
         self.assertLessEqual(after, 100)                # it is 165 KiB, and each size has a page that is not full
-        memory_run(self.PROGRAM % "holes_fill()", "-X", "dev")      # where objects lie otherwise: no harm, and an end
+        # where objects lie otherwise: no harm, and an end
+        memory_run(self.PROGRAM % "holes_fill(pureftpd.private_memory())", "-X", "dev")
 
     def test_pieces_of_the_heap_are_taken(self):
         if not hasattr(pureftpd.libc.library, "malloc_trim"):
@@ -1880,7 +1883,7 @@ class JoinedPages(unittest.TestCase):
     PROGRAM = """
 import os, pureftpd
 room = [bytes([n % 251]) * 400 for n in range(30000)]
-pureftpd.pages_join()
+pureftpd.pages_join(pureftpd.private_memory())
 pid = os.fork()
 room[5:25000:1000] = [b"new"] * 25
 same = all(one == bytes([n % 251]) * 400 for n, one in enumerate(room) if one != b"new")
@@ -1894,15 +1897,20 @@ print(same, os.waitpid(pid, 0)[1])
 
     def test_without_proc_nothing_happens(self):
         with mock.patch("builtins.open", side_effect=FileNotFoundError):
-            pureftpd.pages_join()
+            self.assertEqual(pureftpd.private_memory(), [])
+            pureftpd.holes_fill([])
+            pureftpd.pages_join([(0, 1 << 30)])
 
     def test_without_ctypes_nothing_happens(self):
         self.assertEqual(memory_run("""
 import pureftpd
 room = [bytes(400) for n in range(30000)]
 pureftpd.libc.ctypes = pureftpd.libc.library = None
-for work in (pureftpd.memory_trim, pureftpd.memory_scrub, pureftpd.holes_fill, pureftpd.pages_join):
-    work()
+places = pureftpd.private_memory()
+pureftpd.memory_trim()
+pureftpd.memory_scrub()
+pureftpd.holes_fill(places)
+pureftpd.pages_join(places)
 print(pureftpd.code_gather(int, {}), pureftpd.objects_share())
 """), "False False\n")
 
@@ -17782,7 +17790,7 @@ class ProcessMessages(unittest.TestCase):
         fields = dict.fromkeys(pureftpd.Setup._fields)
         fields.update(options=self.options, log=self.log, privileges=account, statedir="/nonexistent", aliases={},
                       anonymous_root=b"/")
-        self.monitor = pureftpd.Monitor(pureftpd.Setup(**fields), [], [])
+        self.monitor = pureftpd.Monitor(pureftpd.Setup(**fields), [], [], "/")
         self.monitor.fork = self.no_fork
         self.addCleanup(self.check_nothing_is_left)
         self.addCleanup(self.monitor.poller.kernel.close)
@@ -23265,6 +23273,23 @@ class ProcessStarts(ProcExam):
                             environment={"PYTHONPATH": directory, "PYTHONPYCACHEPREFIX": ""})
         self.addCleanup(server.stop)
         self.visit(server)
+
+    def test_priv_leaves_what_all_share_alone(self):
+        """Its huge pages stay whole: had it written to one, each fork and each child would pay for that from then on."""
+        def huge():
+            with open("/proc/%d/smaps_rollup" % server.pid) as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("AnonHugePages:"))
+        directory = tempfile.mkdtemp(dir=self.place)
+        server = self.live("-S", "127.0.0.1,0", "-f", "stderr", "-H", "-E", "--statedir", os.path.join(directory, "state"),
+                           "-g", os.path.join(directory, "pid"), command=[sys.executable, os.path.join(HERE, "pureftpd.py")])
+        whole = huge() if os.path.exists("/proc/self/smaps_rollup") and pureftpd.immortal_head() else 0
+        if not whole:
+            self.skipTest("this Python shares nothing, or the kernel had no huge page for it")
+        for _ in range(4):
+            client = self.enter(server)
+            self.assertEqual(client.code("QUIT"), 221)
+        until(lambda: len(processes_below(server.pid)) == 1, "sessions are left")
+        self.assertEqual(huge(), whole)
 
     def test_the_configuration_file_alone(self):
         directory = tempfile.mkdtemp(dir=self.place)
