@@ -3504,18 +3504,11 @@ def address_to_bind(address: str, port: int) -> "tuple[Any, ...]":
     return (host, port, 0, int(scope)) if scope else (host, port)
 
 
-def access_address(text: str) -> Any:
-    """The ipaddress object of a socket's address, as address_text shows it. Raises ValueError."""
-    import ipaddress
-    return ipaddress.ip_address(address_text(text))
-
-
-def access_network(text: str) -> Any:
+def access_network(text: str) -> "Network | None":
     """The network "address" or "address/bits" (host bits may be set), None for a host name. Raises ValueError.
 
     Compat: octets may be padded with zeros, and a width of 0 is malformed (access_ip_match of 1.0.54).
     """
-    import ipaddress
     host, slash, bits = text.partition("/")
     octets = host.split(".")
     if len(octets) == 4 and all(map(is_digits, octets)):
@@ -3527,11 +3520,10 @@ def access_network(text: str) -> Any:
         return None
     if slash and not whole_number(bits):
         raise ValueError("the width of the network is no number from 1 on")
-    network = ipaddress.ip_network(host + slash + bits, strict=False)
-    mapped = getattr(network.network_address, "ipv4_mapped", None)
-    if mapped is None or network.prefixlen < 96:
+    network = parse_network(host + slash + bits)
+    if network.bits < 96 or network.prefix[:-4] != bytes(10) + b"\xff\xff":
         return network
-    return ipaddress.ip_network((mapped, network.prefixlen - 96))
+    return Network(network.bits - 96, network.prefix[-4:])          # mapped to IPv6
 
 
 def host_addresses(name: str, version: int) -> "list[str]":
@@ -3573,19 +3565,19 @@ def names_of_network(names: "list[str]", address: "str | None") -> Any:
             pass
 
 
-def access_named(address: Any, name: str, unresolved: bool, log: Log) -> bool:
+def access_named(address: str, name: str, unresolved: bool, log: Log) -> bool:
     """Whether a host's name is that of `address`; `unresolved` for a name without an answer.
 
     Compat: all its addresses count, where the original looks at the first one only.
     """
     try:
-        return any(access_address(a) == address for a in host_addresses(name, address.version))
+        return any(parse_network(a).holds(address) for a in host_addresses(name, 6 if ":" in address else 4))
     except OSError as error:
         log.warning(f"access rule: cannot resolve [{name}]: {error.strerror}")
         return unresolved
 
 
-def access_listed(address: Any, rules: str, unresolved: bool, log: Log) -> bool:
+def access_listed(address: str, rules: str, unresolved: bool, log: Log) -> bool:
     """Whether `address` is in the comma-separated list `rules`. Raises ValueError that names a malformed item.
 
     IPv4 items never match IPv6 addresses, nor the other way round. Names are asked for when nothing else has matched.
@@ -3600,7 +3592,7 @@ def access_listed(address: Any, rules: str, unresolved: bool, log: Log) -> bool:
             networks.append(network)
         else:
             names.append(rule)
-    return any(address in network for network in networks) or any(access_named(address, n, unresolved, log) for n in names)
+    return any(network.holds(address) for network in networks) or any(access_named(address, n, unresolved, log) for n in names)
 
 
 def access_allows(address: str, allow: str, deny: str, log: Log) -> bool:
@@ -3613,7 +3605,8 @@ def access_allows(address: str, allow: str, deny: str, log: Log) -> bool:
     if not allow and not deny:
         return True
     try:
-        where = access_address(address)
+        where = address_text(address)
+        parse_network(where)
         allowed = not allow or access_listed(where, allow, False, log)
         denied = bool(deny) and access_listed(where, deny, True, log)
     except ValueError as error:
@@ -5832,7 +5825,6 @@ def authentication_preload(options: Options, log: "Log | None" = None) -> None:
 
     A database that is missing or broken is no reason not to start: each login looks at it again. `log` hears of it.
     """
-    import ipaddress    # noqa: F401
     for name, argument in authentication_chain(options):
         preload = AUTH_BACKENDS[name].preload
         for warning in preload(argument) or () if preload else ():
@@ -15663,7 +15655,7 @@ LOGIN_AS_ROOT = {
     "Giving up root":
         "Privileges.dropped addresses_limit child_answer close_others die privsep_account privsep_user",
     "Accounts and access rules":
-        "access_address access_allows access_check access_is_trusted access_listed access_named access_network access_now "
+        "access_allows access_check access_is_trusted access_listed access_named access_network access_now "
         "address_text host_addresses host_addresses_told names_of_network",
     "Authentication back ends":
         "KnownNames.__init__ KnownNames.group KnownNames.name_of KnownNames.note KnownNames.place KnownNames.recall "
@@ -17361,8 +17353,7 @@ def pw_hosts(text: str) -> str:
             access_network(item)
         except ValueError as error:
             which = "" if item == text else item + ": "
-            reason = "" if repr(item) in str(error) else f"{error}; "       # ipaddress says it all again
-            raise ValueError(f"{which}{reason}give addresses, networks (10.0.0.0/8) or host names") from None
+            raise ValueError(f"{which}{error}; give addresses, networks (10.0.0.0/8) or host names") from None
     return text
 
 
