@@ -749,11 +749,14 @@ def daemonize() -> None:
 # PRIV for it 76 (253 and 111 otherwise); an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes 80 ms of a start.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
-POOL, POOL_MOST = 1 << 14, 512      # CPython's Objects/obmalloc.c: the bytes of a pool, and of the largest object in one
+# CPython's Objects/obmalloc.c: the bytes of an arena, of a pool, of its head, and of the largest object in one
+ARENA, POOL, POOL_HEAD, POOL_MOST = 1 << 20, 1 << 14, 48, 512
+POOLS_MOST = 10000                  # objects, at most, until one is in a new pool
 # mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
 # longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
 HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
+FRAME_AT = 24                       # CPython's Include/internal/pycore_frame.h: in a frame object, since 3.11, where the frame is
 MADV_NOHUGEPAGE, MADV_COLLAPSE = 15, 25             # madvise(2); the second one since Linux 6.1
 
 
@@ -997,14 +1000,34 @@ def code_copies(codes: "dict[int, CodeType]") -> "dict[int, CodeType]":
 
 
 def private_memory() -> "list[tuple[int, int]]":
-    """Where objects are: (the first address, that behind the last one) of memory that is no file's; [] where that is not told."""
+    """Where objects are: (the first address, that behind the last one) of memory that is no file's; [] where that is not told.
+
+    Not the arena that new pools are taken from, when it is half empty: what will be made goes there.
+    """
     try:
         with open("/proc/self/maps") as file:
             lines = [line.split() for line in file]
     except OSError:
         return []
-    return [(int(start, 16), int(end, 16)) for (place, mode, _, _, _, *name) in lines if mode == "rw-p"
-            and name in ([], ["[heap]"]) for start, end in [place.split("-")]]
+    room, places = pool_new(), []
+    for place, mode, _, _, _, *name in lines:
+        start, end = (int(address, 16) for address in place.split("-"))
+        arenas, used = divmod(room - start, ARENA)
+        if start <= room < end and used < ARENA // 2:       # the last one lies below the others
+            start += (arenas + 1) * ARENA
+        if mode == "rw-p" and name in ([], ["[heap]"]):
+            places.append((start, end))
+    return places
+
+
+def pool_new() -> int:
+    """The address of an object in a new pool: where three are made in a row, from its beginning on."""
+    things: "list[bytes]" = []
+    row = 0
+    while row < 3 and len(things) < POOLS_MOST:
+        things.append(bytes(POOL_MOST - 33))
+        row = row + 1 if id(things[-1]) % POOL == POOL_HEAD + row * POOL_MOST else 0
+    return id(things[-1])
 
 
 def for_good(thing: Any) -> Any:
@@ -1039,8 +1062,8 @@ def holes_fill(places: "list[tuple[int, int]]") -> None:
         for size in for_good(iter(for_good(range(POOL_MOST, 0, -16)))):
             while pool_taken(size, bounds):
                 pass
-    for_good([[[] for _ in range(100)], [(number,) for number in range(100)]])
-    heap_take()
+    for_good([[[] for _ in range(100)], [tuple([0] * length) for length in range(1, 20) for _ in range(10)]])
+    for_good(heap_take())
     memory_trim()
 
 
@@ -1057,8 +1080,8 @@ def pool_taken(size: int, bounds: "list[int]") -> bool:
 
 
 def pages_join(places: "list[tuple[int, int]]") -> None:
-    """Have the kernel map these places by huge pages, where there is enough in a row. Of one that a child writes to, 4 KiB are
-    copied, as ever.
+    """Have the kernel map these places by huge pages, where there is enough in a row, but for Python's stack of frames. Of one that a
+    child writes to, 4 KiB are copied, as ever.
     """
     if libc.library is None:
         return
@@ -1067,9 +1090,11 @@ def pages_join(places: "list[tuple[int, int]]") -> None:
             size = int(file.read())
     except (OSError, ValueError):
         return
+    frames = libc.ctypes.c_void_p.from_address(id(sys._getframe()) + FRAME_AT).value or 0
     for start, end in places:
         for address in range(-(-start // size) * size, end - size + 1, size):
-            libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
+            if not address <= frames < address + size:
+                libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
 
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
@@ -16084,7 +16109,8 @@ REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from 
 REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              Poller, Certificates, Familiar, Peer, LogSink, os.environ.get, as_root)
+              Poller, Certificates, Familiar, Peer, LogSink, os.environ.get, type(os.environ),
+              getattr(os.environ, "encodekey", None), as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
 REHEARSAL_PEM = b"""-----BEGIN CERTIFICATE-----
