@@ -231,7 +231,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from heapq import heappop, heappush
 from itertools import accumulate, chain, groupby, islice, repeat
 from operator import gt
@@ -299,6 +299,22 @@ LANDLOCK_SCOPE_ABI, LANDLOCK_SCOPE = 6, 3                   # abstract Unix sock
 OPENAT2, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT, OPEN_HOW = 437, 4, 0x10, struct.Struct("=QQQ")
 O_LARGEFILE = getattr(os, "O_LARGEFILE", 0)                 # which open(2) adds by itself
 FCHMODAT2, AT_EMPTY_PATH, AT_FDCWD = 452, 0x1000, -100
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def cached(function: Function) -> Function:
+    """functools.cache, which counts how often it knew the answer, in memory that all share: this one writes nothing then."""
+    answers: "dict[tuple[Any, ...], Any]" = {}
+
+    @wraps(function)
+    def asked(*args: Any) -> Any:
+        if args not in answers:
+            answers[args] = function(*args)
+        return answers[args]
+    asked.cache_clear = answers.clear       # type: ignore
+    return asked                            # type: ignore
 
 
 def ctypes_load() -> Any:
@@ -394,7 +410,7 @@ def process_title(title: str) -> None:
         libc.title_area[:len(text)] = text
 
 
-@cache
+@cached
 def title_text(title: str) -> bytes:
     """What process_title() writes. PRIV asks for all its children."""
     text = title.encode()[:len(libc.title_area) - 1]
@@ -442,7 +458,7 @@ handlers_replaced: "dict[int, Any]" = {}                # by signal_default()
 
 def signal_default(number: int) -> None:
     """Let a signal end this process again."""
-    handlers_replaced[number] = signal_handler(number, 0)
+    handlers_replaced.setdefault(number, signal_handler(number, 0))
 
 
 def signal_restore(number: int) -> None:
@@ -459,7 +475,7 @@ def on_termination(*_: Any) -> None:
         action()
 
 
-@cache
+@cached
 def descriptors_enough() -> int:
     """How many a process that needs a dozen may have. PRIV asks for all its children."""
     import resource
@@ -486,7 +502,7 @@ def no_new_privs() -> bool:
         return False
 
 
-@cache
+@cached
 def landlock_abi() -> int:
     """Which Landlock the kernel has, 0 for none. PRIV asks for all its children."""
     try:
@@ -495,7 +511,7 @@ def landlock_abi() -> int:
         return 0
 
 
-@cache
+@cached
 def landlock_handled(everywhere: bool) -> "tuple[bytes, int]":
     """(struct landlock_ruleset_attr, rights to files), b"" where there is no such Landlock. PRIV asks for all its children."""
     abi = landlock_abi()
@@ -550,7 +566,7 @@ def open_how(flags: int, mode: int, resolve: int) -> bytes:
     return OPEN_HOW.pack(flags | O_LARGEFILE, mode, resolve | RESOLVE_IN_ROOT)
 
 
-@cache
+@cached
 def can_open_in_root() -> bool:
     """Whether open_in_root() works here: Linux 5.6, and nobody forbids it, nor what RootedTree.lacks() asks. PRIV asks for all
     its children.
@@ -606,7 +622,7 @@ mmap = mmap_of_libc()
 MMAP_FAILED = 0 if mmap is None else libc.ctypes.c_void_p(-1).value
 
 
-@cache
+@cached
 def in_tmpfs(path: str) -> bool:
     """Whether that file lies in memory, as PRIV sees it: a call of libc costs each child 0.4 ms."""
     if sys.platform != "linux" or libc.library is None:
@@ -828,7 +844,7 @@ def layout_known() -> bool:
             and libc.library is not None and not hasattr(sys, "gettotalrefcount"))
 
 
-@cache
+@cached
 def immortal_head() -> bytes:
     """The bytes that make an object of this interpreter immortal; b"" where they are not known, or do not do it."""
     head = IMMORTAL_HEADS.get(sys.version_info[:2], b"") if layout_known() else b""
@@ -888,7 +904,7 @@ def objects_share(mortal: "tuple[type, ...]" = ()) -> bool:
     return bool(head)
 
 
-@cache
+@cached
 def constant_opcodes() -> "tuple[int, int, int]":
     """The instruction that loads a constant; and since 3.14, when it has run, of one that is counted, and of an immortal one."""
     def counted() -> int:
@@ -1080,8 +1096,8 @@ def pool_taken(size: int, bounds: "list[int]") -> bool:
 
 
 def pages_join(places: "list[tuple[int, int]]") -> None:
-    """Have the kernel map these places by huge pages, where there is enough in a row, but for Python's stack of frames. Of one that a
-    child writes to, 4 KiB are copied, as ever.
+    """Have the kernel map these places by huge pages, where there is enough in a row, but for Python's stack of frames. Of one
+    that a child writes to, 4 KiB are copied, as ever.
     """
     if libc.library is None:
         return
@@ -1249,7 +1265,7 @@ def sandbox_filter(name: str, machine: str) -> bytes:
     return b"".join(reversed(code))
 
 
-@cache
+@cached
 def sandbox_program(name: str) -> "tuple[bytes, Any] | None":
     """(struct sock_fprog, the memory it points to) for prctl(2), made once for all children; None: not on this machine."""
     if not sys.platform.startswith("linux") or libc.library is None or struct.calcsize("P") != 8:
@@ -2557,7 +2573,7 @@ def scrypt_make(password: bytes, passes: int, memory: int) -> str:
                               "has scrypt") from None
 
 
-@cache
+@cached
 def crypt_from_library(names: "tuple[str | None, ...]") -> Any:
     """crypt(3) of the first of these libraries that has it, None without. Looked up once: that costs a login 0.2 ms."""
     try:
@@ -2869,7 +2885,8 @@ class Remembered(MemoryFile):
         self.close()
 
     def close(self) -> None:
-        self.fresh[:] = bytes(32)
+        if any(self.fresh):
+            self.fresh[:] = bytes(32)
         super().close()
 
     def keep(self, digest: memoryview) -> None:
@@ -2881,7 +2898,8 @@ class Remembered(MemoryFile):
 
     def knows(self, backend: str, password: bytes, hashed: str) -> bool:
         """Whether `password` has matched `hashed` lately. Then `spared` is set, else `fresh` is what to remember."""
-        self.spared = ""
+        if self.spared:
+            self.spared = ""
         if self.fd < 0 or not hashed.startswith(COSTLY_HASHES):
             return False
         text = b"\0".join((backend.encode(), hashed.encode("latin-1"), password))
@@ -2909,7 +2927,8 @@ class Remembered(MemoryFile):
         """password_verify(), which is spared who is remembered."""
         if self.knows(backend, password, hashed) or password_verify(password, hashed):
             return True
-        self.fresh[:] = bytes(32)
+        if any(self.fresh):
+            self.fresh[:] = bytes(32)
         return False
 
     def make_up(self, password: bytes) -> None:
@@ -3330,7 +3349,7 @@ def privsep_account() -> Privileges:
     return privsep_user() if not os.geteuid() else Privileges(False, os.geteuid(), os.getegid(), "")
 
 
-@cache
+@cached
 def privsep_user() -> Privileges:
     """That of root, looked up once, before the first fork: names that do not exist are what name services search longest for
     (measured: 170 system calls, 1 ms).
@@ -3983,7 +4002,7 @@ class KnownNames(MemoryFile):
 
     def begin(self) -> None:
         """In PRIV: know nothing, from now on. Where there is no memory file, everybody asks the name service."""
-        self.asked.clear()
+        self.asked = {}                     # which children write to: see Memory that processes share
         self.make("names", NAME_ENTRY.size * (NAMES_MAX + NOTES_MAX))
 
     def place(self, kind: bytes, number: int) -> int:
@@ -5197,7 +5216,7 @@ def c_text(library: Any, function: str, handle: Any) -> str:
 # ---- mysql ----------------------------------------------------------------------------------------
 
 
-@cache
+@cached
 def mysql_library() -> Any:
     """libmariadb or libmysqlclient, with prototypes, used once: that is done before the fork, then. ImportError."""
     import ctypes as c
@@ -5323,7 +5342,7 @@ def mysql_value(library: Any, handle: Any, statement: bytes) -> "bytes | None":
 # ---- pgsql ----------------------------------------------------------------------------------------
 
 
-@cache
+@cached
 def pgsql_library() -> Any:
     """libpq with prototypes. ImportError."""
     import ctypes as c
@@ -5611,7 +5630,7 @@ def ldap_warnings(given: "dict[str, Any]") -> "list[str]":
 # ---- libldap --------------------------------------------------------------------------------------
 
 
-@cache
+@cached
 def ldap_library() -> Any:
     """libldap with the prototypes of the functions used here. Raises ImportError. It reads no file before it is used."""
     import ctypes
@@ -15656,7 +15675,7 @@ LOGIN_AS_ROOT = {
     "Errors that carry intent":
         "printable",
     "System calls that Python does not wrap":
-        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds ctypes_load file_map "
+        "LibC.__init__ LibC.call LibC.memory_at MemoryFile.__init__ MemoryFile.close MemoryFile.fds cached ctypes_load file_map "
         "in_tmpfs mmap_of_libc process_begin process_telling wipe",
     "Options":
         "did_you_mean",
@@ -16109,7 +16128,8 @@ REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from 
 REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              Poller, Certificates, Familiar, Peer, LogSink, os.environ.get, type(os.environ),
+              Poller, Certificates, Familiar, Peer, LogSink, EarlyHandshake, DataPort, TransferCommands.encrypted_data,
+              os.path.isdir, os.environ.get, type(os.environ),
               getattr(os.environ, "encodekey", None), as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
@@ -23139,6 +23159,10 @@ def variables_rewritten(argv: "list[str]") -> "list[str]":
 def rehearse_monitor(monitor: Monitor) -> None:
     """What PRIV does for each login, but for what would be seen."""
     setup = monitor.setup
+    signal_default(SIGTERM)
+    signal_restore(SIGTERM)
+    if setup.certificates is not None:
+        setup.certificates.contexts = {}                # which children clear
     with socket.socket() as asker:
         for _ in range(max(REHEARSALS, 2)):
             peer = Peer(**PEER_NOBODY._asdict())
