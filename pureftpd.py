@@ -767,6 +767,7 @@ def daemonize() -> None:
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
 # CPython's Objects/obmalloc.c: the bytes of an arena, of a pool, of its head, and of the largest object in one
 ARENA, POOL, POOL_HEAD, POOL_MOST = 1 << 20, 1 << 14, 48, 512
+HEAP_FIRST = 1 << 17                # bytes
 POOLS_MOST = 10000                  # objects, at most, until one is in a new pool
 # mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
 # longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
@@ -898,6 +899,7 @@ def objects_share(mortal: "tuple[type, ...]" = ()) -> bool:
             constants_uncount(code)
         # the collector looks at no code, and at no names
         fresh = gc.get_referents(*marked) + [code.co_consts for code in codes]
+        fresh += [getattr(code, "co_qualname", code.co_name) for code in codes]
         fresh += [key for thing in marked if type(thing) is dict for key in thing]
     gc.freeze()
     gc.enable()
@@ -1018,7 +1020,8 @@ def code_copies(codes: "dict[int, CodeType]") -> "dict[int, CodeType]":
 def private_memory() -> "list[tuple[int, int]]":
     """Where objects are: (the first address, that behind the last one) of memory that is no file's; [] where that is not told.
 
-    Not the arena that new pools are taken from, when it is half empty: what will be made goes there.
+    Not the arena that new pools are taken from, when it is half empty: what will be made goes there. Nor the beginning of the
+    heap, where Python has its list of arenas.
     """
     try:
         with open("/proc/self/maps") as file:
@@ -1032,7 +1035,7 @@ def private_memory() -> "list[tuple[int, int]]":
         if start <= room < end and used < ARENA // 2:       # the last one lies below the others
             start += (arenas + 1) * ARENA
         if mode == "rw-p" and name in ([], ["[heap]"]):
-            places.append((start, end))
+            places.append((start + HEAP_FIRST * len(name), end))
     return places
 
 
@@ -14691,7 +14694,7 @@ def files_state(paths: "tuple[str, ...]") -> Any:
         found = [os.stat(path) for path in paths]
     except OSError:
         return None
-    if abs(time.time() - max(st.st_ctime for st in found)) < FRESH_SECONDS:
+    if abs(time.time() - max([st.st_ctime for st in found])) < FRESH_SECONDS:
         return None
     return [(st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns) for st in found]
 
@@ -16129,7 +16132,7 @@ REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
               Poller, Certificates, Familiar, Peer, LogSink, EarlyHandshake, DataPort, TransferCommands.encrypted_data,
-              os.path.isdir, os.environ.get, type(os.environ),
+              os.path.isdir, os.environ.get, type(os.environ), socket.socketpair,
               getattr(os.environ, "encodekey", None), as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
@@ -16698,11 +16701,13 @@ class LoginKeeper(PortKeeper):
 
     def next_waiting(self, now: float) -> "tuple[Login, Child]":
         """The next login to be checked: first those of addresses where people log in from, as guessers have many others."""
-        known = (at for at, (login, _) in enumerate(self.waiting) if self.familiar.holds_some_of(login.peer.address, now))
-        at = next(known, 0) if len(self.waiting) > 1 else 0
-        found = self.waiting[at]
-        del self.waiting[at]
-        return found
+        if len(self.waiting) > 1:
+            for at, (login, _) in enumerate(self.waiting):
+                if self.familiar.holds_some_of(login.peer.address, now):
+                    found = self.waiting[at]
+                    del self.waiting[at]
+                    return found
+        return self.waiting.popleft()
 
     def introduce(self, child: Child) -> None:
         """Tell the SERVER that accepts of a client that came in through one that drains."""
