@@ -3481,7 +3481,7 @@ def child_answer(who: "Identity | None", question: "Callable[[], Any]", seconds:
 # What a back end answers (Account), from where somebody comes (Peer), and the rules of an account that say from where
 # and when it may be used: pure-pw(8), -r -R -i -I -z. A rule that cannot be understood, or a host name in a deny list
 # that cannot be resolved, refuses; the log tells which. All of it is judged after the password, so that nobody learns
-# of a rule who does not know the password. Addresses are compared by `ipaddress`, IPv4-mapped ones as IPv4.
+# of a rule who does not know the password. IPv4-mapped addresses are compared as IPv4.
 
 
 class Account(NamedTuple):
@@ -3618,7 +3618,8 @@ def access_named(address: str, name: str, unresolved: bool, log: Log) -> bool:
     Compat: all its addresses count, where the original looks at the first one only.
     """
     try:
-        return any(parse_network(a).holds(address) for a in host_addresses(name, 6 if ":" in address else 4))
+        found = host_addresses(name, 6 if ":" in address else 4)
+        return any(parse_network(address_text(a)).holds(address) for a in found)
     except OSError as error:
         log.warning(f"access rule: cannot resolve [{name}]: {error.strerror}")
         return unresolved
@@ -17338,6 +17339,29 @@ def notify_systemd(state: str) -> None:
     except OSError:
         pass
 
+
+def rehearse_monitor(monitor: Monitor) -> None:
+    """What PRIV does for each login, but for what would be seen."""
+    setup = monitor.setup
+    signal_default(SIGTERM)
+    signal_restore(SIGTERM)
+    if setup.certificates is not None:
+        setup.certificates.contexts = {}                # which children clear
+    poller = Poller()
+    with socket.socket() as asker:
+        for _ in range(max(REHEARSALS, 2)):
+            peer = Peer(**PEER_NOBODY._asdict())
+            login = Login(number=0, marks=b"", message=b"", client=-1, peer=peer, asker=asker, tls=None)
+            child = Child(pid=0, state=STATE_TLS, channel=asker, peer=login._replace(permitted=0.0).peer)
+            monitor.forget_tls(child)
+            monitor.waiting.clear()
+            monitor.pause()
+            poller.wait(0.0)                            # not monitor's, in which a signal may wait
+            Familiar().note(b"", peer.address, 0.0)
+            with as_root(setup.privileges):
+                if setup.certificates is not None:
+                    setup.certificates.context_ready(setup.options.certfile)
+
 # ==== pw: virtual users ===========================================================================
 # pure-pw(8): the file of virtual users, and the PureDB made from it. The file is text, one user a line, 18 fields
 # (see PureDB above); other users' lines, comments and what cannot be understood are kept byte for byte. An option
@@ -23160,27 +23184,6 @@ def variables_rewritten(argv: "list[str]") -> "list[str]":
     words = [*words, *added, *rest]
     print(f"{PROGRAM}: --env stands for: {printable(os.fsencode(' '.join(words)))}", file=sys.stderr, flush=True)
     return words
-
-def rehearse_monitor(monitor: Monitor) -> None:
-    """What PRIV does for each login, but for what would be seen."""
-    setup = monitor.setup
-    signal_default(SIGTERM)
-    signal_restore(SIGTERM)
-    if setup.certificates is not None:
-        setup.certificates.contexts = {}                # which children clear
-    with socket.socket() as asker:
-        for _ in range(max(REHEARSALS, 2)):
-            peer = Peer(**PEER_NOBODY._asdict())
-            login = Login(number=0, marks=b"", message=b"", client=-1, peer=peer, asker=asker, tls=None)
-            child = Child(pid=0, state=STATE_TLS, channel=asker, peer=login._replace(permitted=0.0).peer)
-            monitor.forget_tls(child)
-            monitor.waiting.clear()
-            monitor.pause()
-            monitor.poller.wait(0.0)
-            Familiar().note(b"", peer.address, 0.0)
-            with as_root(setup.privileges):
-                if setup.certificates is not None:
-                    setup.certificates.context_ready(setup.options.certfile)
 
 # ==== Starting ====================================================================================
 # From a command line to Monitor.run(): options, listening sockets, state directory, log, pid file. Mistakes end here,

@@ -3498,7 +3498,7 @@ class AccessRules(unittest.TestCase):
         ("127.0.0.1",       "",                             "localhost"),
         ("10.0.0.1",        "localhost",                    ""),
     )
-    MALFORMED = ("10.0.0.0/0", "10.0.0.0/33", "10.0.0.0/255.0.0.0", "10.0.0.0/-1", "10.0.0.0/", "10.0.0.0/8x",
+    MALFORMED = ("fe80::1%eth0", "10.0.0.0/0", "10.0.0.0/33", "10.0.0.0/255.0.0.0", "10.0.0.0/-1", "10.0.0.0/", "10.0.0.0/8x",
                  "10.0.0.1x!", "10.0.0.256", "10.0.0.1/8/8",
                  "2001:db8::/0", "2001:db8::/129", "2001:db8::/x", "2001:db8:::1", ":",
                  "host.example/24", "*", "10.*", "a b", "-", "\u0661\u0660.0.0.1", "10.0.0.1-10.0.0.9 ",
@@ -3540,6 +3540,11 @@ class AccessRules(unittest.TestCase):
                 log = KeptLog()
                 self.assertIs(access_allows("10.0.0.1", allow, deny, log), expected)
                 self.assertEqual(log, [])
+
+    def test_a_name_may_have_an_address_with_a_scope(self):
+        with mock.patch.object(pureftpd, "host_addresses", return_value=["fe80::1%eth0", "2001:db8::1"]):
+            for address, expected in (("fe80::1%eth1", True), ("2001:db8::1", True), ("2001:db8::2", False)):
+                self.assertIs(access_allows(address, "some.example", "", KeptLog()), expected)
 
     def test_names_are_resolved_in_the_family_of_the_client(self):
         found = {entry[0] for entry in socket.getaddrinfo("localhost", None)}
