@@ -765,8 +765,9 @@ def daemonize() -> None:
 # PRIV for it 76 (253 and 111 otherwise); an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes 80 ms of a start.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
-# CPython's Objects/obmalloc.c: the bytes of an arena, of a pool, of its head, and of the largest object in one
-ARENA, POOL, POOL_HEAD, POOL_MOST = 1 << 20, 1 << 14, 48, 512
+# CPython's Objects/obmalloc.c: the bytes of an arena, and of a pool; of a pool's head, and of the largest object in one
+ARENA, POOL = (1 << 20, 1 << 14) if sys.version_info >= (3, 10) else (1 << 18, 1 << 12)
+POOL_HEAD, POOL_MOST = 48, 512
 HEAP_FIRST = 1 << 17                # bytes
 POOLS_MOST = 10000                  # objects, at most, until one is in a new pool
 # mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
