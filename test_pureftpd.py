@@ -1911,8 +1911,88 @@ pureftpd.memory_trim()
 pureftpd.memory_scrub()
 pureftpd.holes_fill(places)
 pureftpd.pages_join(places)
-print(pureftpd.code_gather(int, {}), pureftpd.objects_share())
-"""), "False False\n")
+print(pureftpd.code_gather(int, {}), pureftpd.objects_share(), pureftpd.text_join())
+"""), "False False False\n")
+
+
+class JoinedText(unittest.TestCase):
+    """text_join(): machine code runs from huge pages that are copies of it."""
+
+    PROGRAM = """
+import hashlib, os, ssl, pureftpd
+size = pureftpd.huge_page()
+def content():
+    return [hashlib.sha256(pureftpd.libc.memory_at(address, size)).digest() for address in places]
+def own():
+    return [row for row in pureftpd.memory_map() if row[1] - row[0] >= size and row[2] == "r-xp" and row[3] == ["00:00", "0"]]
+places = pureftpd.text_places(size) if size else []
+before, count = content(), len(own())
+joined = pureftpd.text_join()
+covered = all(any(start <= address and address + size <= end for start, end, _, _ in own()) for address in places)
+pid = os.fork()
+same = content() == before and not any("w" in row[2] and "x" in row[2] for row in pureftpd.memory_map())
+works = ssl.create_default_context().session_stats()["hits"] == 0
+if not pid:
+    os._exit(0 if same and works else 1)
+print(joined, bool(places), covered if joined else count == len(own()), same, works, os.waitpid(pid, 0)[1])
+"""
+
+    def test_code_is_what_it_was(self):
+        """And cannot be written to; it is all there in a child, too."""
+        joined, places, *rest = memory_run(self.PROGRAM).split()
+        self.assertEqual(rest, ["True", "True", "True", "0"])
+        if os.uname().machine != "x86_64" or places == "False":
+            self.assertEqual(joined, "False")
+            self.skipTest("needs x86-64, and a place for a huge page")
+        if joined == "False":
+            self.skipTest("the kernel gives none")
+
+    def test_where_huge_pages_fit(self):
+        size = 2 << 20
+        library, other = ["08:01", "11", "/lib/libpython.so"], ["08:01", "12", "/lib/libssl.so"]
+        rows = [(0x7f0000000000, 0x7f0000086000, "r--p", library), (0x7f0000086000, 0x7f0000332000, "r-xp", library),
+                (0x7f0000332000, 0x7f000049d000, "r--p", library), (0x7f000049d000, 0x7f00004e0000, "r--p", library),
+                (0x7f00004e0000, 0x7f0000600000, "rw-p", library)]
+        for what, given, found in (
+                ("a library", rows, [0x7f0000000000, 0x7f0000200000]),
+                ("what begins in between", [(start + 4096, end + 4096, *more) for start, end, *more in rows], [0x7f0000200000]),
+                ("constants for the greater part", [rows[0], (0x7f0000086000, 0x7f00000f0000, "r-xp", library),
+                                                    (0x7f00000f0000, 0x7f000049d000, "r--p", library)], []),
+                ("no room for the second one", [rows[0], rows[1], (0x7f0000332000, 0x7f00003ff000, "r--p", library)],
+                 [0x7f0000000000]),
+                ("a gap", [rows[0], rows[1], (0x7f0000340000, 0x7f000049d000, "r--p", library)], []),
+                ("another file's constants", [rows[0], rows[1], (0x7f0000332000, 0x7f000049d000, "r--p", other)], []),
+                ("no constants", rows[:2], []), ("what can be written to", [rows[4], rows[4], rows[4]], []), ("nothing", [], [])):
+            with self.subTest(what), mock.patch.object(pureftpd, "memory_map", return_value=given):
+                self.assertEqual(pureftpd.text_places(size), found)
+
+    def test_what_the_kernel_refuses(self):
+        """A container that does not want code to be made: nothing has changed then, and nothing is left."""
+        if pureftpd.mmap is None or not os.path.exists("/proc/self/maps"):
+            self.skipTest("needs libc, and Linux's /proc")
+        for refused in ("madvise", "mprotect", "mremap"):
+            with self.subTest(refused):
+                self.assertEqual(memory_run("""
+import pureftpd
+def code():
+    return [row[:3] for row in pureftpd.memory_map() if row[2] == "r-xp"]
+def room():
+    return sum(end - start for start, end, *_ in pureftpd.memory_map())
+for call in "madvise", "mprotect", "mremap":
+    setattr(pureftpd.libc.library, call, lambda *_, call=call: -1 if call == "REFUSED" else 0)
+before, used = code(), room()
+start, end = max([row[:2] for row in before], key=lambda row: row[1] - row[0])
+size = 1 << 20
+print(any([pureftpd.text_move(start, size) for _ in range(16)]), end - start >= size, code() == before, room() - used < 16 * size)
+""".replace("REFUSED", refused)), "False True True True\n")
+
+    def test_code_that_crashes_is_found_out_in_a_child(self):
+        self.assertEqual(memory_run("""
+import os, pureftpd
+pureftpd.text_places = lambda _: [1]
+pureftpd.text_move = lambda *_: os.kill(os.getpid(), 9) or True
+print(pureftpd.text_join())
+"""), "False\n")
 
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
@@ -23303,6 +23383,26 @@ class ProcessStarts(ProcExam):
             self.assertEqual(client.code("QUIT"), 221)
         until(lambda: len(processes_below(server.pid)) == 1, "sessions are left")
         self.assertGreaterEqual(huge(), whole - size)
+
+    def test_code_in_huge_pages_with_tls_alone(self):
+        """Where there can be any: they cost memory, which a session under TLS is worth."""
+        possible = memory_run("import ssl, pureftpd; print(pureftpd.text_join())") == "True\n"
+        directory = tempfile.mkdtemp(dir=self.place)
+        certificate = os.path.join(directory, "pem")
+        with open(certificate, "wb") as file:
+            file.write(pureftpd.REHEARSAL_PEM)
+        for name, switches, wanted in ("clear", (), False), ("tls", ("-Y", "1", "-2", certificate), possible):
+            with self.subTest(name):
+                server = self.live("-S", "127.0.0.1,0", "-f", "stderr", "-H", "-E", "--statedir", os.path.join(directory, name),
+                                   "-g", os.path.join(directory, name + ".pid"), *switches,
+                                   command=[sys.executable, os.path.join(HERE, "pureftpd.py")])
+                self.enter(server)
+                with open("/proc/%d/maps" % server.pid) as file:
+                    modes = [mode for _, mode, _, _, *more in map(str.split, file) if more == ["0"]]
+                self.assertEqual("r-xp" in modes, wanted)
+                self.assertFalse([mode for mode in modes if "w" in mode and "x" in mode])
+        if not possible:
+            self.skipTest("there can be none here")
 
     def test_the_configuration_file_alone(self):
         directory = tempfile.mkdtemp(dir=self.place)
