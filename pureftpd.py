@@ -222,6 +222,7 @@ IMPORTED = None if __name__ == "__main__" else sys._getframe().f_code      # of 
 
 import errno
 import os
+import resource
 import select
 import signal
 import socket
@@ -478,7 +479,6 @@ def on_termination(*_: Any) -> None:
 @cached
 def descriptors_enough() -> int:
     """How many a process that needs a dozen may have. PRIV asks for all its children."""
-    import resource
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(soft, max(DESCRIPTORS_LEAST, min(DESCRIPTORS_MOST, soft // 2)))
 
@@ -487,7 +487,6 @@ def descriptors_few() -> None:
     """For a process that needs a dozen descriptors: it may not have many, nor (unix(7), ETOOMANYREFS) send any between sockets
     while those of its user that are on the way are so many. SERVER, which may have more, can still send its clients to PRIV.
     """
-    import resource
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors_enough(), descriptors_enough()))
     except ValueError:
@@ -3476,7 +3475,6 @@ def close_others(keep: "list[int]") -> None:
 
     Python 3.9 tries each number up to the limit, which may be a million: there /proc tells which are open.
     """
-    import resource
     if sys.version_info < (3, 10):
         try:
             present = [int(name) for name in os.listdir("/proc/self/fd")]
@@ -3496,7 +3494,6 @@ def close_others(keep: "list[int]") -> None:
 
 def addresses_limit(more: int) -> None:
     """Let this process have so many bytes of addresses more than it has now, where /proc tells; else so many at all."""
-    import resource
     used = 0
     try:
         with open("/proc/self/statm", "rb") as file:
@@ -8663,11 +8660,14 @@ def statedir_prepare(statedir: str) -> None:
         os.close(directory)
 
 
+EMPTY = "/empty"                    # where in StateDir
+
+
 def statedir_empty(statedir: str) -> str:
     """The empty directory in which processes are caged, made with StateDir where it is missing: cleaners of old files, and
     the end of a login, remove what they think nobody needs. Raises ConfigError.
     """
-    empty = statedir + "/empty"
+    empty = statedir + EMPTY
     if not os.path.isdir(empty):
         statedir_prepare(statedir)
         try:
@@ -14915,8 +14915,8 @@ class TlsDoor(Door):
     def __init__(self, options: Options, log: Log, sock: socket.socket, channel: socket.socket, tls: ClientTls,
                  negotiated: Negotiated, peer: Peer, greeting: Greeting, age: float = 0.0) -> None:
         """`age`: seconds since the client came."""
-        import ssl
         super().__init__(options, log, 0)
+        ssl: Any = sys.modules["ssl"]                       # which has made the context: `import` would look if it is ready
         self.ssl, self.sock, self.channel, self.greeting = ssl, sock, channel, greeting
         self.libssl, context = tls.libssl, tls.context
         channel.setblocking(False)
@@ -15659,7 +15659,6 @@ def confine(directory: "int | bytes | str") -> bool:
 
 def give_up_for_all(log: Log, options: Options) -> None:
     """For PRIV, and so for all its children: no core files, nothing to gain by execve(2), no calls that none of them needs."""
-    import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not no_new_privs():
         log.notice("The kernel does not offer no_new_privs")
@@ -15669,10 +15668,13 @@ def give_up_for_all(log: Log, options: Options) -> None:
 
 def cage(privileges: Privileges, statedir: str, log: Log, options: Options) -> None:
     """SERVER and TLS: the privsep user for good, in an empty directory (or where no file can be touched), unable to fork."""
-    import resource
-    missing, empty = [], statedir_empty(statedir)
+    missing = []
     if privileges.root:
-        if not confine(empty):
+        try:
+            confined = confine(statedir + EMPTY)
+        except OSError:                                     # a cleaner of old files has been there, perhaps
+            confined = confine(statedir_empty(statedir))
+        if not confined:
             missing.append("chroot")
         become(privileges.uid, privileges.gid, (privileges.gid,))
     if not landlock_confine(None) and (not privileges.root or missing):
@@ -16833,8 +16835,9 @@ class LoginKeeper(PortKeeper):
         for child in list(self.handshakes.values()):
             if child.tls is not tls:
                 self.forget_tls(child)
-        if self.setup.certificates is not None:
-            self.setup.certificates.contexts.clear()            # OpenSSL overwrites keys that it frees
+        contexts = self.setup.certificates.contexts if self.setup.certificates is not None else {}
+        if tls is None or any([context is not tls.context for _, context in contexts.values()]):
+            contexts.clear()                                    # OpenSSL overwrites keys that it frees
         if self.waiting or self.consulting:
             wipe(*[login.message for login, _ in (*self.waiting, *self.consulting.values())])
             self.waiting.clear()
@@ -17003,6 +17006,9 @@ class Monitor(ToolKeeper):
                 self.on_time(time.monotonic())
 
     def pause(self) -> "float | None":
+        if not (self.checking or self.unsent or self.wishes or self.wished_most or self.kicked or self.stop_at or self.restart_at
+                or self.control_due):
+            return None
         due = [*filter(None, (self.restart_at, self.stop_at, self.control_due)), *self.checking.values(), *self.kicked.values()]
         if self.unsent:
             due.append(time.monotonic() + UNSENT_SECONDS)
@@ -18795,7 +18801,6 @@ def quotacheck_write(root: int, uid: int, files: int, size: int) -> None:
 
 def quotacheck_descriptors() -> None:
     """Allow this process as many open files as there are."""
-    import resource
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     for wanted in (QUOTACHECK_DESCRIPTORS, most):
         try:
@@ -23284,7 +23289,6 @@ def inetd_client() -> "socket.socket | None":
 
 def descriptors_raise() -> None:
     """Allow as many descriptors as the system lets us."""
-    import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard > 1 << 20:
         hard = 1 << 20
@@ -23385,8 +23389,7 @@ def privsep_init(setup: Setup, forking: bool, ready: "int | None") -> "list[tupl
     import fcntl
     import grp
     import pwd
-    import resource
-    del fcntl, grp, pwd, resource                   # loaded here, before the first fork, once for all children
+    del fcntl, grp, pwd                             # loaded here, before the first fork, once for all children
     file_hashes_load(setup.certificates is not None)
     if setup.privileges.root:
         try:
