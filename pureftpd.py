@@ -220,6 +220,7 @@ if __name__ == "__main__" and "LEAN" not in globals():
     restart_lean(sys._getframe().f_code)
 IMPORTED = None if __name__ == "__main__" else sys._getframe().f_code      # of a module: what serve() starts
 
+import _socket
 import errno
 import os
 import resource
@@ -6069,7 +6070,10 @@ MESSAGE_MAX = 16384                 # bytes; a LOGIN with everything at its limi
 USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX = 127, 511, 255, 253, 8192       # bytes
 LOGIN_LIMITS = (USER_MAX, PASSWORD_MAX, CLIENT_MAX, SNI_MAX, PENDING_MAX)
 ADDRESS, DIGEST = (1, 64), (len(remembered.fresh),) * 2     # how many bytes of them follow: from, to
-MSG_TRUNC, MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)       # numbers: & makes enums each time
+# numbers: & makes enums each time
+MSG_TRUNC, MSG_CTRUNC = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
+AF_UNIX, SOCK_STREAM, SOCK_DGRAM = int(socket.AF_UNIX), int(socket.SOCK_STREAM), int(socket.SOCK_DGRAM)
+SOCK_SEQPACKET = int(socket.SOCK_SEQPACKET)
 
 VERDICT_IN, VERDICT_WRONG, VERDICT_BROKEN, VERDICT_LIMIT = range(4)
 # check it; it is wrong; check it, and should it be wrong, tell nobody but SERVER, which will say GRANT_NEVER in its time
@@ -6318,15 +6322,20 @@ def joined_parse(message: bytes) -> "tuple[int, str]":
     return NUMBERED.unpack_from(message)[1], message[NUMBERED.size:].decode("ascii", "replace")
 
 
-def channel_pair() -> "tuple[socket.socket, socket.socket]":
+def plain_pair(kind: int) -> "tuple[Any, Any]":
+    """socket.socketpair() of Unix sockets, but for the objects that it puts around them, which ask the kernel what they are."""
+    return _socket.socketpair(AF_UNIX, kind)
+
+
+def channel_pair() -> "tuple[Any, Any]":
     """Two ends of a channel.
 
     SOCK_SEQPACKET, where the system has it for Unix sockets (not on macOS), else SOCK_DGRAM.
     """
     try:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return plain_pair(SOCK_SEQPACKET)
     except OSError:
-        return socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return plain_pair(SOCK_DGRAM)
 
 
 def message_send(channel: socket.socket, message: bytes) -> bool:
@@ -14928,7 +14937,7 @@ class TlsDoor(Door):
         self.poller = select.poll()
         self.poller.register(sock, select.POLLIN)
         self.poller.register(channel, select.POLLIN)
-        self.relay: "socket.socket | None" = None           # our end of what becomes the session's control connection
+        self.relay: Any = None                              # our end of what becomes the session's control connection
         self.admitted = False
         self.ticket_giver: "LibSSL | None" = None           # of one more ticket after each transfer
         # after CCC: what `tls` was, while it is not known whether the client answers close_notify; whether that has begun
@@ -15046,7 +15055,7 @@ class TlsDoor(Door):
         self.last_id += 1
         if self.relay is not None:
             self.relay.close()
-        self.relay, theirs = socket.socketpair()
+        self.relay, theirs = plain_pair(SOCK_STREAM)
         if visitor.negotiated.tls != "TLSv1.3":             # which has tickets
             self.hand_session_over(self.relay)
         message = visitor.login_request(self.last_id, user, password)
@@ -16198,7 +16207,7 @@ REHEARSAL_SECONDS = 5               # for a client's part
 # whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
 EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
               Poller, Certificates, Familiar, Peer, LogSink, EarlyHandshake, DataPort, TransferCommands.encrypted_data,
-              os.path.isdir, os.environ.get, type(os.environ), socket.socketpair,
+              os.path.isdir, os.environ.get, type(os.environ),
               getattr(os.environ, "encodekey", None), as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
@@ -16237,6 +16246,11 @@ def rehearse(setup: Setup, times: int) -> None:
         privsep_priv_user(setup.privileges)
 
 
+def wrapped_pair() -> "list[socket.socket]":
+    """channel_pair(), for a `with` statement."""
+    return [socket.socket(fileno=end.detach()) for end in channel_pair()]
+
+
 def rehearse_login(setup: Setup, path: str) -> None:
     """What login_child() and enter() do, but for what needs root, and the session. `path`: of a PureDB."""
     options, log, peer = Options(**vars(setup.options)), Log(LogSink("none")), PEER_NOBODY
@@ -16250,7 +16264,7 @@ def rehearse_login(setup: Setup, path: str) -> None:
     wipe(request.password, message)
     home = home_of(options, account)
     ours, client = socket.socketpair()
-    channel, monitor = channel_pair()
+    channel, monitor = wrapped_pair()
     with ours, client, channel, monitor:
         board = ScoreboardEntry(os.open(os.devnull, os.O_WRONLY), os.getpid(), peer, time.time())
         board.login(account.name)
@@ -16282,7 +16296,7 @@ def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
     finally:
         pem.close()
     for number in range(times):
-        (sock, client), (channel, monitor) = socket.socketpair(), channel_pair()
+        (sock, client), (channel, monitor) = socket.socketpair(), wrapped_pair()
         pid = process_begin(partial(rehearsed_client, certificates.ssl, client, monitor, number % 2 == 0))
         try:
             with sock, client, channel, monitor:
