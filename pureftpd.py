@@ -1180,7 +1180,7 @@ def text_move(address: int, size: int) -> bool:
 
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
-# seccomp(2) through prctl(2): whoever takes a process over gets EPERM for what it never does itself. PRIV starts with what no
+# seccomp(2): whoever takes a process over gets EPERM for what it never does itself. PRIV starts with what no
 # process of ours needs, and all inherit that; a session gives up what the work on files and TCP connections does not take;
 # SERVER and TLS give up files and new connections, too. A list of what is refused, not of what is let through: libc and Python
 # change what they call, and a kernel's new calls are old ones with more arguments more often than new dangers.
@@ -1192,13 +1192,14 @@ def text_move(address: int, size: int) -> bool:
 #
 # What a session without root can still reach: TCP ports, as it must for data connections, and what Landlock leaves of the files.
 
-PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
+SECCOMP_SET_MODE_FILTER = 1
 # struct seccomp_data: number, machine, instruction pointer, six arguments of 64 bits
 SECCOMP_NUMBER_AT, SECCOMP_MACHINE_AT, SECCOMP_ARGUMENTS_AT = 0, 4, 16
 SECCOMP_ALLOW, SECCOMP_ERRNO = 0x7FFF0000, 0x50000
 BPF = struct.Struct("=HBBI")                    # struct sock_filter: code, jumps if true and if not, operand
 BPF_LOAD, BPF_AND, BPF_IF_EQUAL, BPF_IF_NOT_LESS, BPF_RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
-SANDBOX_MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}      # column below; AUDIT_ARCH_*
+# column below; AUDIT_ARCH_*; the number of seccomp(2)
+SANDBOX_MACHINES = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
 SANDBOX_X32 = 0x40000000                        # where the numbers of x86_64's other kind begin; none lies there elsewhere
 
 SANDBOX_PASS, SANDBOX_REFUSE, SANDBOX_NONE = (
@@ -1311,7 +1312,7 @@ def sandbox_tree(code: "list[bytes]", pieces: "list[tuple[int, int]]", end: int)
 
 def sandbox_filter(name: str, machine: str) -> bytes:
     """The filter of SANDBOXES[name]. Raises KeyError for a machine that is not known."""
-    column, audit = SANDBOX_MACHINES[machine]
+    column, audit, _ = SANDBOX_MACHINES[machine]
     code, pieces = [SANDBOX_REFUSE, SANDBOX_PASS], [(0, SANDBOX_PASSES)]
     for number, *parts in sorted((row[column], *row[2:]) for row in SANDBOXES[name].values() if row[column] >= 0):
         if pieces[-1][0] == number:                         # right after the last one
@@ -1332,16 +1333,19 @@ def sandbox_filter(name: str, machine: str) -> bytes:
 
 
 @cached
-def sandbox_program(name: str) -> "tuple[bytes, Any] | None":
-    """(struct sock_fprog, the memory it points to) for prctl(2), made once for all children; None: not on this machine."""
+def sandbox_program(name: str) -> "tuple[int, bytes, Any] | None":
+    """(The number of seccomp(2), its struct sock_fprog, the memory that this points to), made once for all children; None: not on
+    this machine.
+    """
     if not sys.platform.startswith("linux") or libc.library is None or struct.calcsize("P") != 8:
         return None
+    machine = os.uname().machine
     try:
-        code = sandbox_filter(name, os.uname().machine)
+        code = sandbox_filter(name, machine)
     except KeyError:
         return None
     memory = libc.ctypes.create_string_buffer(code, len(code))
-    return struct.pack("@HP", len(code) // BPF.size, libc.ctypes.addressof(memory)), memory
+    return SANDBOX_MACHINES[machine][2], struct.pack("@HP", len(code) // BPF.size, libc.ctypes.addressof(memory)), memory
 
 
 def sandbox_prepare(options: "Options") -> bool:
@@ -1358,7 +1362,7 @@ def sandbox_enter(name: str, options: "Options") -> bool:
         return True
     program = sandbox_program("linker" if name == "session" and options.allowsymlinks else name)
     try:
-        return program is not None and libc.call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program[0], 0, 0) == 0
+        return program is not None and libc.syscall(program[0], SECCOMP_SET_MODE_FILTER, 0, program[1], None) == 0
     except OSError:
         return False
 

@@ -2027,13 +2027,13 @@ class SandboxFilters(unittest.TestCase):
     HIGH = 1 << 32
 
     def answers(self, name, machine, call, *arguments):
-        column, audit = pureftpd.SANDBOX_MACHINES[machine]
+        column, audit, _ = pureftpd.SANDBOX_MACHINES[machine]
         number = pureftpd.SANDBOXES[name][call][column]
         return filter_runs(pureftpd.sandbox_filter(name, machine), audit, number, *arguments)
 
     def test_what_is_listed_is_refused_and_nothing_else(self):
         for name, rows in pureftpd.SANDBOXES.items():
-            for machine, (column, audit) in pureftpd.SANDBOX_MACHINES.items():
+            for machine, (column, audit, _) in pureftpd.SANDBOX_MACHINES.items():
                 code = pureftpd.sandbox_filter(name, machine)
                 self.assertEqual((code, len(code) // 8 < 256), (pureftpd.sandbox_filter(name, machine), True))
                 plain = {row[column] for row in rows.values() if len(row) == 2}
@@ -2050,7 +2050,7 @@ class SandboxFilters(unittest.TestCase):
     def test_arguments_are_judged_as_their_rows_say(self):
         """By a program of its own, which is part of the filter."""
         for name, rows in pureftpd.SANDBOXES.items():
-            for machine, (column, audit) in pureftpd.SANDBOX_MACHINES.items():
+            for machine, (column, audit, _) in pureftpd.SANDBOX_MACHINES.items():
                 code = pureftpd.sandbox_filter(name, machine)
                 for call, row in rows.items():
                     for part in row[2:] if row[column] >= 0 else ():
