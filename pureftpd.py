@@ -17024,9 +17024,6 @@ class Monitor(ToolKeeper):
                 self.on_time(time.monotonic())
 
     def pause(self) -> "float | None":
-        if not (self.checking or self.unsent or self.wishes or self.wished_most or self.kicked or self.stop_at or self.restart_at
-                or self.control_due):
-            return None
         due = [*filter(None, (self.restart_at, self.stop_at, self.control_due)), *self.checking.values(), *self.kicked.values()]
         if self.unsent:
             due.append(time.monotonic() + UNSENT_SECONDS)
