@@ -1180,10 +1180,10 @@ def text_move(address: int, size: int) -> bool:
 
 
 # ==== Sandbox: system calls that the kernel refuses ===============================================
-# seccomp(2): whoever takes a process over gets EPERM for what it never does itself. PRIV starts with what no
-# process of ours needs, and all inherit that; a session gives up what the work on files and TCP connections does not take;
-# SERVER and TLS give up files and new connections, too. A list of what is refused, not of what is let through: libc and Python
-# change what they call, and a kernel's new calls are old ones with more arguments more often than new dangers.
+# seccomp(2): whoever takes a process over gets EPERM for what it never does itself. PRIV starts with what no process of ours
+# needs, and all inherit that; a session gives up what the work on files and TCP connections does not take; SERVER and TLS give
+# up files and new connections, too. A list of what is refused, not of what is let through: libc and Python change what they
+# call, and a kernel's new calls are old ones with more arguments more often than new dangers.
 #
 # A filter is a program that the kernel compiles (0.04 ms a process; it remembers which numbers are always let through, so calls
 # cost nothing). It is put together once, in PRIV. The numbers are known for two machines; on others, and where the
@@ -23444,9 +23444,9 @@ def memory_settle(monitor: Monitor, places: "list[tuple[int, int]]") -> None:
     """Right before the first fork: PRIV has what it changes, and has done what it does for each login, so it no longer writes to
     these places.
     """
+    rehearse_monitor(monitor)                           # after which PRIV is at rest, and no longer root
     if monitor.setup.certificates is not None:
         text_join()
-    rehearse_monitor(monitor)
     holes_fill(places)
     if immortal_head():                                 # else children write to most pages anyway
         pages_join(places)
