@@ -754,21 +754,21 @@ def daemonize() -> None:
 #                        of its own (code_gather())
 #     between objects    what is made anew fills holes, wherever they are: they are filled before (holes_fill())
 #
-# A fork goes through all pages, an exit, too, and a child that reads one finds that its processor does not know it yet: memory
-# that is free is given back (memory_trim()), and the kernel maps what nobody writes to by 2 MiB (pages_join()). Where PRIV writes
-# one byte there, all that is over for these 2 MiB, for itself and for all children to come: so what it changes is made after
-# holes_fill(), and what it does at each login has been done before (rehearse_monitor()). What was read into memory and freed
-# would go to all children, too: it is overwritten (memory_scrub()). All this is CPython's, glibc's and Linux's: elsewhere, where
-# its layout is not known, or where a trial in a child fails, nothing is done.
+# A fork and an exit go through all pages, and a child that reads one has its processor look for it: memory that is free is given
+# back (memory_trim()), and the kernel maps what nobody writes to by 2 MiB (pages_join()). Where PRIV writes one byte there, that
+# is over for these 2 MiB and all children: so what it changes is made after holes_fill(), and what it does at each login has been
+# done before (rehearse_monitor()). What was read and freed would go to all children, too: it is overwritten (memory_scrub()).
+# All this is CPython's, glibc's and Linux's: where its layout is not known, or a trial in a child fails, nothing is done.
 #
 # Machine code lies in files, whose pages each child looks up anew, 16 at a time, and lets go of one by one. A server with TLS,
 # which has two processes for a session, runs Python's and OpenSSL's from copies that are huge pages (text_join(); Node.js does so
-# with --use-largepages): memory that can be executed, and not written to. With the code goes what surrounds it in such a page,
-# names and constants, as till 2018 in all that ld(1) made. It takes 6 to 8 MiB, once, for the 2 to 4 MiB of the files that go.
+# with --use-largepages): memory that can be executed, and not written to. It takes 6 to 8 MiB, once, for the 2 to 4 MiB of the
+# files that go. With the code goes what surrounds it, names and constants, as till 2018 in all that ld(1) made: other libraries,
+# too, have these in one mapping with their code then, instead of three, each of which a fork makes anew.
 #
-# Measured (Linux 6.18): on 3.13 logins cost a fifth less CPU; a session copies 175 pages and PRIV for it 76 (253 and 111
-# otherwise); an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes 80 ms of a start. Huge pages that stay whole: 6 %
-# less of a login under TLS, in the clear 4 %; a start takes 35 ms more. Code in huge pages: 4 %, and 108 of 650 page faults.
+# Measured (Linux 6.18): on 3.13 logins cost a fifth less CPU; an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes
+# 80 ms of a start. Huge pages that stay whole: 6 % less of a login under TLS, in the clear 4 %; a start takes 35 ms more. Code
+# in huge pages: 4 %, and 108 of 650 page faults; in one mapping each: 1.6 %.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
 # CPython's Objects/obmalloc.c: the bytes of an arena, and of a pool; of a pool's head, and of the largest object in one
@@ -1136,28 +1136,37 @@ def huge_page() -> int:
 
 
 def text_join() -> bool:
-    """Run machine code from copies of it that are huge pages, at the addresses where it is. Whether that could be.
+    """Run machine code from copies of it that are huge pages, at the addresses where it is; and have the kernel map in one piece
+    what is left of a library's head, code and constants. Whether the former could be.
 
     For x86-64 alone: aarch64's may have a mark (BTI) that a copy would lack.
     """
     def moved() -> bool:
         return all([text_move(address, size) for address in places])
+    if mmap is None or os.uname().machine != "x86_64":
+        return False
     size = huge_page()
-    places = text_places(size) if size and mmap is not None and os.uname().machine == "x86_64" else []
-    return bool(places) and holds_in_child(moved) and moved()
+    places = text_places(size) if size else []
+    done = bool(places) and holds_in_child(moved) and moved()
+    for start, _, _, end in library_texts():
+        libc.library.mprotect(libc.ctypes.c_void_p(start), libc.ctypes.c_size_t(end - start), MMAP_READ | MMAP_EXEC)
+    return done
 
 
-def text_places(size: int) -> "list[int]":
-    """Where huge pages of that size fit into what a library, or the interpreter, maps read-only (its head, code, and constants),
-    and are code for the greater part.
-    """
-    found, rows = [], memory_map()
+def library_texts() -> "Iterator[tuple[int, int, int, int]]":
+    """What a library, or the interpreter, maps read-only: where its head begins, its code, its constants, and where these end."""
+    rows = memory_map()
     for head, code, constants in zip(rows, rows[1:], rows[2:]):
         modes, in_a_row = (head[2], code[2], constants[2]), (head[1], code[1]) == (code[0], constants[0])
         if modes == ("r--p", "r-xp", "r--p") and in_a_row and head[3] == code[3] == constants[3]:
-            found += [address for address in range(-(-head[0] // size) * size, constants[1] - size + 1, size)
-                      if min(code[1], address + size) - max(code[0], address) >= size // 2]
-    return found
+            yield head[0], code[0], constants[0], constants[1]
+
+
+def text_places(size: int) -> "list[int]":
+    """Where huge pages of that size fit into such a text, and are code for the greater part."""
+    return [address for start, code, constants, end in library_texts()
+            for address in range(-(-start // size) * size, end - size + 1, size)
+            if min(constants, address + size) - max(code, address) >= size // 2]
 
 
 def text_move(address: int, size: int) -> bool:
