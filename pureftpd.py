@@ -750,9 +750,9 @@ def daemonize() -> None:
 #
 #     to objects         whoever refers to one is counted: what is alive before the first fork is made immortal, since 3.12
 #                        (objects_share())
-#     to code            what it meets there, and how often where that is never the same: such code is moved together, to pages
-#                        of its own (code_gather())
+#     to code            what it meets there, and how often where that varies: such code is moved together (code_gather())
 #     between objects    what is made anew fills holes, wherever they are: they are filled before (holes_fill())
+#     by their sizes     each has pages of its own: from then on the heap is asked for all (heap_alone())
 #
 # A fork and an exit go through all pages, and a child that reads one has its processor look for it: memory that is free is given
 # back (memory_trim()), and the kernel maps what nobody writes to by 2 MiB (pages_join()). Where PRIV writes one byte there, that
@@ -762,13 +762,13 @@ def daemonize() -> None:
 #
 # Machine code lies in files, whose pages each child looks up anew, 16 at a time, and lets go of one by one. A server with TLS,
 # which has two processes for a session, runs Python's and OpenSSL's from copies that are huge pages (text_join(); Node.js does so
-# with --use-largepages): memory that can be executed, and not written to. It takes 6 to 8 MiB, once, for the 2 to 4 MiB of the
-# files that go. With the code goes what surrounds it, names and constants, as till 2018 in all that ld(1) made: other libraries,
-# too, have these in one mapping with their code then, instead of three, each of which a fork makes anew.
+# with --use-largepages): memory that can be executed, and not written to; 6 to 8 MiB, once, for 2 to 4 MiB of the files. With the
+# code goes what surrounds it, names and constants, as till 2018 in all that ld(1) made: other libraries, too, have these in one
+# mapping with their code then, instead of three, each of which a fork makes anew.
 #
 # Measured (Linux 6.18): on 3.13 logins cost a fifth less CPU; an idle session has 0.86 MiB (1.30), on 3.11 2.4 (2.7). It takes
 # 80 ms of a start. Huge pages that stay whole: 6 % less of a login under TLS, in the clear 4 %; a start takes 35 ms more. Code
-# in huge pages: 4 %, and 108 of 650 page faults; in one mapping each: 1.6 %.
+# in huge pages: 4 %, and 108 of 650 page faults; libraries in one mapping: 1.6 %. The heap alone: 1.6 %, 55 of 520 page faults.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
 # CPython's Objects/obmalloc.c: the bytes of an arena, and of a pool; of a pool's head, and of the largest object in one
@@ -781,6 +781,7 @@ POOLS_MOST = 10000                  # objects, at most, until one is in a new po
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
 HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
 FRAME_AT = 24                       # CPython's Include/internal/pycore_frame.h: in a frame object, since 3.11, where the frame is
+PYMEM_DOMAIN_RAW, PYMEM_DOMAINS = 0, (1, 2)         # CPython's Include/cpython/pymem.h: PYMEM_DOMAIN_MEM, PYMEM_DOMAIN_OBJ
 MADV_NOHUGEPAGE, MADV_COLLAPSE = 15, 25             # madvise(2); the second one since Linux 6.1
 MREMAP_TO = 1 | 2                                   # mremap(2): MREMAP_MAYMOVE, MREMAP_FIXED
 
@@ -1113,6 +1114,44 @@ def pool_taken(size: int, bounds: "list[int]") -> bool:
     return bool(inside)
 
 
+def heap_alone() -> bool:
+    """Have Python ask malloc(3) for all that it makes from now on, where its own allocator has a place for objects of each size:
+    what a login makes lies in a few pages then. Whether that could be, tried in a child.
+
+    What was made before goes back where it is from: that allocator hands on what is not its own, in free() and realloc().
+    Not where somebody else looks after memory: what PYTHONMALLOC says, -X dev, tracemalloc.
+    """
+    def proof() -> bool:
+        before = [[bytes(size), [size] * size] for size in range(600)]
+        if not heap_only():
+            return False
+        after = [[bytes(size), [size] * size] for size in range(600)]
+        for one, other in zip(before, after):
+            one[1].extend(range(100))
+            other[1].extend(range(100))
+        same = before == after
+        before.clear()
+        after.clear()
+        return same
+    known = layout_known() and hasattr(libc.library, "malloc_trim") and not os.environ.get("PYTHONMALLOC")
+    return known and holds_in_child(proof) and heap_only()
+
+
+def heap_only() -> bool:
+    """heap_alone() without a trial. Of each, CPython's Include/cpython/pymem.h has what it knows (nothing, as a rule), and its
+    malloc, calloc, realloc and free.
+    """
+    raw, own, api = (libc.ctypes.c_void_p * 5)(), (libc.ctypes.c_void_p * 5)(), libc.ctypes.pythonapi
+    api.PyMem_GetAllocator(PYMEM_DOMAIN_RAW, raw)
+    for domain in PYMEM_DOMAINS:
+        api.PyMem_GetAllocator(domain, own)
+        if raw[0] or own[0]:
+            return False
+        own[1], own[2] = raw[1], raw[2]
+        api.PyMem_SetAllocator(domain, own)
+    return True
+
+
 def pages_join(places: "list[tuple[int, int]]") -> None:
     """Have the kernel map these places by huge pages, where there is enough in a row, but for Python's stack of frames. Of one
     that a child writes to, 4 KiB are copied, as ever.
@@ -1143,7 +1182,7 @@ def text_join() -> bool:
     """
     def moved() -> bool:
         return all([text_move(address, size) for address in places])
-    if mmap is None or os.uname().machine != "x86_64":
+    if mmap is None or libc.library is None or os.uname().machine != "x86_64":
         return False
     size = huge_page()
     places = text_places(size) if size else []
@@ -23459,6 +23498,7 @@ def memory_settle(monitor: Monitor, places: "list[tuple[int, int]]") -> None:
     holes_fill(places)
     if immortal_head():                                 # else children write to most pages anyway
         pages_join(places)
+    heap_alone()
 
 
 def privsep_privpart_closejunk() -> None:

@@ -1877,6 +1877,46 @@ print(1000 <= len(pureftpd.heap_take()) < 100000, len(pureftpd.heap_take()) < 10
 """), "True True\n")
 
 
+class HeapAlone(unittest.TestCase):
+    """heap_alone(): objects of all sizes lie side by side, and what there was before is still theirs who made it."""
+
+    PROGRAM = """
+import gc, sys
+import pureftpd
+old = [[bytes(size), [size] * size, str(size) * 9] for size in range(2000)]
+PATCH
+alone = pureftpd.heap_alone()
+holes = pureftpd.heap_take()
+made = [bytes(size) for _ in range(2) for size in range(16, 480, 16)]
+pages = len({id(thing) >> 12 for thing in made})
+new = [[bytes(size), [size] * size, str(size) * 9] for size in range(2000)]
+for one, other in zip(old, new):
+    one[1].extend(range(50))
+    other[1].extend(range(50))
+same = old == new
+del old[::2], new[1::2]
+gc.collect()
+print(alone, pages, same, [one[0] for one in old] == [bytes(size) for size in range(1, 2000, 2)])
+"""
+
+    def test_objects_of_all_sizes_lie_together(self):
+        if not pureftpd.layout_known() or not hasattr(pureftpd.libc.library, "malloc_trim"):
+            self.skipTest("needs CPython and glibc")
+        alone, pages, *rest = memory_run(self.PROGRAM.replace("PATCH", "")).split()
+        self.assertEqual((alone, rest), ("True", ["True", "True"]))
+        self.assertLessEqual(int(pages), 16)            # it is 17 KiB
+        pages = memory_run(self.PROGRAM.replace("PATCH", "pureftpd.heap_only = lambda: False")).split()[1]
+        self.assertGreaterEqual(int(pages), 29)         # one for each size
+
+    def test_nothing_changes_where_memory_is_looked_after_otherwise(self):
+        for patch, *switches in (("", "-X", "dev"), ("", "-X", "tracemalloc"),
+                                 ("pureftpd.os.environ['PYTHONMALLOC'] = 'malloc'",), ("pureftpd.heap_only = lambda: 1 // 0",),
+                                 ("pureftpd.layout_known = lambda: False",)):
+            with self.subTest(patch, switches=switches):
+                alone, _, *rest = memory_run(self.PROGRAM.replace("PATCH", patch), *switches).split()
+                self.assertEqual((alone, rest), ("False", ["True", "True"]))
+
+
 class JoinedPages(unittest.TestCase):
     """pages_join(): the kernel may map what is there otherwise; it says the same, here and in children."""
 
@@ -1911,8 +1951,8 @@ pureftpd.memory_trim()
 pureftpd.memory_scrub()
 pureftpd.holes_fill(places)
 pureftpd.pages_join(places)
-print(pureftpd.code_gather(int, {}), pureftpd.objects_share(), pureftpd.text_join())
-"""), "False False False\n")
+print(pureftpd.code_gather(int, {}), pureftpd.objects_share(), pureftpd.text_join(), pureftpd.heap_alone())
+"""), "False False False False\n")
 
 
 class JoinedText(unittest.TestCase):
