@@ -945,8 +945,10 @@ def constants_uncount(code: Any) -> None:
                 libc.ctypes.memset(place, immortal, 1)
 
 
-def code_of(things: "Iterable[Any]") -> "dict[int, CodeType]":
-    """By its address, the code of functions, of the methods of classes, and of this module's functions that they call by name."""
+def code_of(things: "Iterable[Any]", called: bool = True) -> "dict[int, CodeType]":
+    """By its address, the code of functions, of the methods of classes, and of this module's functions that they call by name
+    (`called`).
+    """
     found: "dict[int, CodeType]" = {}
     fresh = list(things)
     while fresh:
@@ -956,26 +958,38 @@ def code_of(things: "Iterable[Any]") -> "dict[int, CodeType]":
             fresh += vars(thing).values()
         elif type(thing) is FunctionType and id(thing.__code__) not in found:
             found[id(thing.__code__)] = thing.__code__
-            fresh += [called for called in map(globals().get, thing.__code__.co_names) if type(called) is FunctionType]
+            fresh += [named for named in map(globals().get, thing.__code__.co_names if called else ())
+                      if type(named) is FunctionType]
     return found
 
 
-def code_gather(work: "Callable[[], None]", others: "dict[int, CodeType]") -> bool:
-    """Move the code together that `work`, which was done before, goes on to write to, and `others`. Whether that could be.
+def code_gather(parts: "list[tuple[Callable[[], None], dict[int, CodeType]]]", others: "dict[int, CodeType]") -> bool:
+    """Move code together that goes on to be written to. Whether that could be. A part is what a process does, and was done
+    before, and other code that it runs: its code lies in a row, and between two parts' what both run. `others`: before them all.
 
     To be called before objects_share(), after which functions are not found.
     """
     import gc
     functions = [thing for thing in gc.get_objects() if type(thing) is FunctionType] if code_moves() else []
     codes: "dict[int, Any]" = {id(function.__code__): function.__code__ for function in functions}
-    before = {address: hash(code._co_code_adaptive) for address, code in codes.items()}
-    work()
-    restless = {address: code for address, code in codes.items() if hash(code._co_code_adaptive) != before[address]}
-    copies = code_copies({**restless, **others}) if restless else {}
+    rows = [others, *({**code_restless(codes, work), **more} for work, more in parts)]
+
+    def place(address: int) -> float:
+        numbers = [number for number, row in enumerate(rows) if number and address in row]
+        return sum(numbers) / max(len(numbers), 1)
+    every = {address: code for row in rows for address, code in row.items()}
+    copies = code_copies({address: every[address] for address in sorted(every, key=place)}) if functions else {}
     for function in functions:
         if id(function.__code__) in copies:
             code_exchange(function, copies[id(function.__code__)])
     return bool(copies)
+
+
+def code_restless(codes: "dict[int, Any]", work: "Callable[[], None]") -> "dict[int, CodeType]":
+    """The code that `work` writes to."""
+    before = {address: hash(code._co_code_adaptive) for address, code in codes.items()}
+    work()
+    return {address: code for address, code in codes.items() if hash(code._co_code_adaptive) != before[address]}
 
 
 def code_moves() -> bool:
@@ -1122,13 +1136,13 @@ def heap_alone() -> bool:
     Not where somebody else looks after memory: what PYTHONMALLOC says, -X dev, tracemalloc.
     """
     def proof() -> bool:
-        before = [[bytes(size), [size] * size] for size in range(600)]
+        before = [(bytes(size), [size] * size) for size in range(600)]
         if not heap_only():
             return False
-        after = [[bytes(size), [size] * size] for size in range(600)]
-        for one, other in zip(before, after):
-            one[1].extend(range(100))
-            other[1].extend(range(100))
+        after = [(bytes(size), [size] * size) for size in range(600)]
+        for (_, one), (_, other) in zip(before, after):
+            one.extend(range(100))
+            other.extend(range(100))
         same = before == after
         before.clear()
         after.clear()
@@ -16256,11 +16270,6 @@ def system_home(name: bytes) -> "bytes | None":
 
 REHEARSALS = 10 if sys.version_info < (3, 12) else 4        # 3.11 does so from the eighth time on, newer ones from the second
 REHEARSAL_SECONDS = 5               # for a client's part
-# whose code each login writes to as well, though it is not rehearsed: besides login_child(), PRIV, and what these call by name
-EACH_LOGIN = (LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, file_map, process_title, signal_default, socket.socket,
-              Poller, Certificates, Familiar, Peer, LogSink, EarlyHandshake, DataPort, TransferCommands.encrypted_data,
-              os.path.isdir, os.environ.get, type(os.environ),
-              getattr(os.environ, "encodekey", None), as_root)
 REHEARSAL_ACCOUNT, REHEARSAL_PASSWORD = b"rehearsal", b"rehearsal"
 REHEARSAL_RECORD = b"$1$rehearse$JVhRI2.AmYph.aFtcMrs4.:65534:65534::/./::::::::::::"
 REHEARSAL_PEM = b"""-----BEGIN CERTIFICATE-----
@@ -16278,29 +16287,20 @@ AwEH
 REHEARSAL_COMMANDS = b"SYST\r\nFEAT\r\nPWD\r\nTYPE I\r\nCWD /\r\nQUIT\r\n"
 
 
-def rehearse(setup: Setup, times: int) -> None:
-    """Where it goes wrong, the log has it, and each child learns for itself."""
+def wrapped_pair() -> "list[socket.socket]":
+    """channel_pair(), for a `with` statement."""
+    return [socket.socket(fileno=end.detach()) for end in channel_pair()]
+
+
+def rehearse_logins(setup: Setup, times: int) -> None:
     users = MemoryFile()
-    privsep_unpriv_user(setup.privileges)
     try:
         users.make("rehearsal", 0)
         os.write(users.fd, puredb_build([(REHEARSAL_ACCOUNT, REHEARSAL_RECORD)]))
         for _ in range(times):
             rehearse_login(setup, f"/proc/self/fd/{users.fd}")
-        if setup.certificates is not None:
-            rehearse_tls(setup, setup.certificates, times)
-    except (OSError, MemoryError, BackendBroken, NoLogin):      # no memory file, no /proc, no descriptor left; no MD5 here
-        pass
-    except Exception:
-        setup.log.error("bug: " + traceback_text())
     finally:
         users.close()
-        privsep_priv_user(setup.privileges)
-
-
-def wrapped_pair() -> "list[socket.socket]":
-    """channel_pair(), for a `with` statement."""
-    return [socket.socket(fileno=end.detach()) for end in channel_pair()]
 
 
 def rehearse_login(setup: Setup, path: str) -> None:
@@ -16335,8 +16335,11 @@ def rehearse_login(setup: Setup, path: str) -> None:
         os.close(tree.root)
 
 
-def rehearse_tls(setup: Setup, certificates: Certificates, times: int) -> None:
+def rehearse_tls(setup: Setup, times: int) -> None:
     """What tls_child() does once it is locked in, with clients that log in and are gone. The certificate's key is nobody's."""
+    certificates = setup.certificates
+    if certificates is None:
+        return
     options, log = Options(**vars(setup.options)), Log(LogSink("none"))
     options.tlsciphersuite, options.trustedip, options.anonymousonly = "", (), False
     pem = MemoryFile()
@@ -16397,6 +16400,23 @@ def rehearsed_client(ssl: Any, client: socket.socket, monitor: socket.socket, po
             pass
         if polite:
             tls.unwrap()
+
+
+ACTS = rehearse_logins, rehearse_tls
+
+
+def rehearse(setup: Setup, times: int, acts: "tuple[Callable[[Setup, int], None], ...]" = ACTS) -> None:
+    """Where it goes wrong, the log has it, and each child learns for itself."""
+    privsep_unpriv_user(setup.privileges)
+    try:
+        for act in acts:
+            act(setup, times)
+    except (OSError, MemoryError, BackendBroken, NoLogin):      # no memory file, no /proc, no descriptor left; no MD5 here
+        pass
+    except Exception:
+        setup.log.error("bug: " + traceback_text())
+    finally:
+        privsep_priv_user(setup.privileges)
 
 # ==== PRIV: its children ==========================================================================
 # How processes are forked, told of things, and kept up with the log. Each has a channel of its own, so PRIV knows who speaks.
@@ -23471,6 +23491,29 @@ def privsep_init(setup: Setup, forking: bool, ready: "int | None") -> "list[tupl
     return places
 
 
+# What runs for each client, besides what is rehearsed: in PRIV; in its children, with what that calls by name; and now and then
+PRIV_RUNS = (
+    Poller, as_root, Child, Certificates.of_client, Certificates.context_ready, files_state, random_secret, channel_pair,
+    plain_pair, process_begin, message_receive, message_row, starttls_parse, peer_of, consult_message, wipe, privsep_priv_user,
+    privsep_unpriv_user, root_scoreboard_remove, address_key, Familiar.holds, Familiar.note,
+    Parent.fork, Parent.tell, Parent.tell_servers, Parent.renew_log, Parent.forget_tls,
+    LoginKeeper.hear_login, LoginKeeper.line_up, LoginKeeper.client_of, LoginKeeper.consult, LoginKeeper.ask_server,
+    LoginKeeper.hear_granted, LoginKeeper.consulted, LoginKeeper.next_check, LoginKeeper.next_waiting, LoginKeeper.check_turn,
+    LoginKeeper.introduce, LoginKeeper.check_done, LoginKeeper.hear_admitted, LoginKeeper.count_login,
+    Monitor.run, Monitor.pause, Monitor.on_time, Monitor.on_signal, Monitor.on_message, Monitor.hear_starttls, Monitor.fork_tls,
+    Monitor.hear_removeftpwhoentry, Monitor.drop_channel, Monitor.reap, Monitor.gone)
+CHILD_RUNS = Parent.in_child, LoginKeeper.forget_secrets, LogSink.descriptors, signal_default, LibC.syscall
+TLS_RUNS = Monitor.tls_child, *CHILD_RUNS
+LOGIN_RUNS = (
+    login_child, *CHILD_RUNS, LoginKeeper.check_in_child, MemoryFile.fds, KnownNames.recall, KnownNames.place, KnownNames.user,
+    KnownNames.group, Remembered.report, Remembered.close, ScoreboardEntry.share, ScoreboardEntry.login, file_map, EarlyHandshake,
+    TransferCommands.encrypted_data)
+CLIENTS_RUN = (
+    *Monitor.__mro__[:-1], Login, LibC, MemoryFile, KnownNames, Remembered, ScoreboardEntry, process_title, socket.socket,
+    Certificates, Familiar, Peer, LogSink, DataPort, os.path.isdir, os.environ.get, type(os.environ),
+    getattr(os.environ, "encodekey", None))
+
+
 def memory_prepare(setup: Setup) -> "list[tuple[int, int]]":
     """Before PRIV begins: what all children share becomes as good as it gets. Where it lies (private_memory()); what is made from
     now on lies elsewhere. Not for one client of inetd's.
@@ -23481,7 +23524,9 @@ def memory_prepare(setup: Setup) -> "list[tuple[int, int]]":
     type_cache_clear()
     if REHEARSALS:
         rehearse(setup, REHEARSALS)
-        code_gather(lambda: rehearse(setup, 1), code_of([login_child, *EACH_LOGIN, *Monitor.__mro__[:-1], Child, Login]))
+        code_gather([(lambda: None, code_of(PRIV_RUNS, called=False)),
+                     (partial(rehearse, setup, 1, (rehearse_tls,)), code_of(TLS_RUNS)),
+                     (partial(rehearse, setup, 1, (rehearse_logins,)), code_of(LOGIN_RUNS))], code_of(CLIENTS_RUN))
     objects_share((setup.certificates.ssl.SSLContext,) if setup.certificates else ())       # which overwrite keys when freed
     places = private_memory()
     holes_fill(places)

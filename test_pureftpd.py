@@ -1756,7 +1756,7 @@ for _ in range(20):
 quiet, before = names["quiet7"].__code__, [function.__code__ for function in functions]
 others = pureftpd.code_of([Thing, names["quiet9"]])
 print(sorted(code.co_name for code in others.values()))
-moved = pureftpd.code_gather(work, others)
+moved = pureftpd.code_gather([(work, {}), (int, others)], {})
 for _ in range(3):
     for _ in range(500):
         work()
@@ -1783,6 +1783,25 @@ print(pureftpd.objects_share(), [work(), gc.collect()][0])
                 self.assertEqual(lines[1].split(" ", 1)[1], "b'ab' c None")
                 shared = bool(pureftpd.immortal_head())
                 self.assertEqual(lines[2:], ["[('<module>', %d), ('f3', 4)]" % self.line(), f"{shared} None"])
+
+    def test_code_of_a_process_lies_in_a_row(self):
+        """And what two of them run lies between."""
+        if not pureftpd.code_moves():
+            self.skipTest("this Python writes to no code, or to no copy")
+        self.assertEqual(memory_run("""
+import pureftpd
+names = {}
+for name in "first", "both", "other", "second", "never":
+    exec("def %s(): return len" % name, names)
+codes = {name: pureftpd.code_of([names[name]]) for name in names if name[0] != "_"}
+def second():
+    for _ in range(100):
+        names["both"]() and names["second"]()
+pureftpd.code_gather([(lambda: None, {**codes["both"], **codes["first"]}), (second, {})], codes["other"])
+places = {name: id(names[name].__code__) for name in codes}
+kept = min(places[name] for name in codes if name != "never")
+print(sorted((name for name in codes if name != "never"), key=places.get), 0 <= places["never"] - kept < 4096)
+"""), "['second', 'both', 'first', 'other'] False\n")
 
     def test_versions_that_are_known_can_move_code(self):
         if sys.implementation.name != "cpython" or pureftpd.libc.library is None or hasattr(sys, "gettotalrefcount"):
@@ -1951,7 +1970,7 @@ pureftpd.memory_trim()
 pureftpd.memory_scrub()
 pureftpd.holes_fill(places)
 pureftpd.pages_join(places)
-print(pureftpd.code_gather(int, {}), pureftpd.objects_share(), pureftpd.text_join(), pureftpd.heap_alone())
+print(pureftpd.code_gather([(int, {})], {}), pureftpd.objects_share(), pureftpd.text_join(), pureftpd.heap_alone())
 """), "False False False False\n")
 
 
