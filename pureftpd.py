@@ -199,8 +199,19 @@ def lean_command(code: "Any", argv: "list[str]", path: "list[str]", start: str =
     return [sys.executable, *flags, "-c", start or LEAN_START, str(fd)]
 
 
-# 5 MiB, most of what our objects take, in a row, where pages_join() finds them; one object in each MiB keeps the rest for others
+# Most of what our objects take, 7 MiB, in a row, where pages_join() finds three huge pages: that is so when it ends at most one
+# MiB behind where such a page begins. The kernel lays it elsewhere at each start, so a start is tried again, which takes 9 ms.
+# 5 MiB of it are taken now; one object in each MiB keeps the rest for others.
 LEAN_ROOM = """
+import posix, sys
+try:
+    with open("/proc/self/maps") as maps:
+        places = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    here = id(bytes(400))
+    if len(sys.argv) < 10 and any(start <= here < end and start % (2 << 20) > 1 << 20 for start, end in places):
+        posix.execv(sys.executable, [*sys.orig_argv, "again"])
+except (OSError, ValueError):
+    pass
 room = [bytes(400) for _ in range(12000)][::2000]
 """
 LEAN_START = """
@@ -771,11 +782,9 @@ def daemonize() -> None:
 # in huge pages: 4 %, and 108 of 650 page faults; libraries in one mapping: 1.6 %. The heap alone: 1.6 %, 55 of 520 page faults.
 
 CODE_PAGES = 1 << 20                # bytes, at most, of code that is moved
-# CPython's Objects/obmalloc.c: the bytes of an arena, and of a pool; of a pool's head, and of the largest object in one
-ARENA, POOL = (1 << 20, 1 << 14) if sys.version_info >= (3, 10) else (1 << 18, 1 << 12)
-POOL_HEAD, POOL_MOST = 48, 512
+# CPython's Objects/obmalloc.c: the bytes of a pool, and of the largest object in one
+POOL, POOL_MOST = 1 << 14 if sys.version_info >= (3, 10) else 1 << 12, 512
 HEAP_FIRST = 1 << 17                # bytes of the heap, at its beginning, that PRIV goes on to write to
-POOLS_MOST = 10000                  # objects, at most, until one is in a new pool
 # mallopt(3): from what size on malloc(3) asks the system, each time; and how much at the heap's end goes back. Once set, glibc no
 # longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
@@ -1055,28 +1064,10 @@ def memory_map() -> "list[tuple[int, int, str, list[str]]]":
 def private_memory() -> "list[tuple[int, int]]":
     """Where objects are: (the first address, that behind the last one) of memory that is no file's; [] where that is not told.
 
-    Not the arena that new pools are taken from, when it is half empty: what will be made goes there. Nor the beginning of the
-    heap, where Python has its list of arenas.
+    Not the beginning of the heap, where Python has its list of arenas.
     """
-    rows = memory_map()
-    room, places = pool_new(), []
-    for start, end, mode, [_, _, *name] in rows:
-        arenas, used = divmod(room - start, ARENA)
-        if start <= room < end and used < ARENA // 2:       # the last one lies below the others
-            start += (arenas + 1) * ARENA
-        if mode == "rw-p" and name in ([], ["[heap]"]):
-            places.append((start + HEAP_FIRST * len(name), end))
-    return places
-
-
-def pool_new() -> int:
-    """The address of an object in a new pool: where three are made in a row, from its beginning on."""
-    things: "list[bytes]" = []
-    row = 0
-    while row < 3 and len(things) < POOLS_MOST:
-        things.append(bytes(POOL_MOST - 33))
-        row = row + 1 if id(things[-1]) % POOL == POOL_HEAD + row * POOL_MOST else 0
-    return id(things[-1])
+    return [(start + HEAP_FIRST * len(name), end) for start, end, mode, [_, _, *name] in memory_map()
+            if mode == "rw-p" and name in ([], ["[heap]"])]
 
 
 def for_good(thing: Any) -> Any:
@@ -1095,8 +1086,8 @@ def type_cache_clear() -> None:
 
 
 def holes_fill(places: "list[tuple[int, int]]") -> None:
-    """Take what is free in these places (private_memory()) between the objects of each size, and in the heap, for good: what is
-    made from now on lies elsewhere, and together.
+    """Take what is free in these places (private_memory()) for good, between the objects of each size, below them, and in the
+    heap: what is made from now on lies elsewhere, and together.
 
     What is used for it, and freed, would be a hole again: it is kept. What came from Python's own lists of free objects is found
     the second time, when these have been emptied.

@@ -23303,6 +23303,22 @@ class LeanStart(unittest.TestCase):
                 self.assertEqual(("--" + option).startswith(pureftpd.TOOL_OPTIONS),
                                  meant[0] in ("version", "man", "completion", "env"), option)
 
+    def test_objects_lie_where_huge_pages_fit(self):
+        """It is started till they do; some times at most, and without /proc at once."""
+        if sys.version_info < (3, 12):
+            self.skipTest("not done before 3.12")
+        told = """
+start = next(start for start, end in places if start <= here < end)
+print(start % (2 << 20) <= 1 << 20 or len(sys.argv) == 10, sys.argv[:2])
+"""
+        no_proc = "import builtins\nreal = open\nbuiltins.open = lambda name: real(name + '.none')\n"
+        for before, after, wanted in ("", told, "True ['-c', '7']\n"), (no_proc, "\nprint(len(sys.argv), len(room))", "2 6\n"):
+            with self.subTest(before):
+                program = before + pureftpd.LEAN_ROOM + after
+                ran = subprocess.run([sys.executable, "-I", "-S", "-c", program, "7"], text=True, stdout=subprocess.PIPE,
+                                     check=True, timeout=EXAM_SECONDS)
+                self.assertEqual(ran.stdout, wanted)
+
     def test_code_is_loaded_by_the_interpreter_that_made_it_only(self):
         import marshal
         from importlib.util import MAGIC_NUMBER
