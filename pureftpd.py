@@ -1119,6 +1119,9 @@ def pool_taken(size: int, bounds: "list[int]") -> bool:
     return bool(inside)
 
 
+replaced: "list[tuple[int, Any]]" = []              # what Python asked for objects before heap_alone(): by domain
+
+
 def heap_alone() -> bool:
     """Have Python ask malloc(3) for all that it makes from now on, where its own allocator has a place for objects of each size:
     what a login makes lies in a few pages then. Whether that could be, tried in a child.
@@ -1152,9 +1155,16 @@ def heap_only() -> bool:
         api.PyMem_GetAllocator(domain, own)
         if raw[0] or own[0]:
             return False
+        replaced.append((domain, type(own).from_buffer_copy(own)))
         own[1], own[2] = raw[1], raw[2]
         api.PyMem_SetAllocator(domain, own)
     return True
+
+
+def heap_shared() -> None:
+    """Python's own allocator again, after heap_alone(): it is faster where many objects come and go."""
+    while replaced:
+        libc.ctypes.pythonapi.PyMem_SetAllocator(*replaced.pop())
 
 
 def pages_join(places: "list[tuple[int, int]]") -> None:
@@ -13109,6 +13119,7 @@ class Session(CopyCommands):
 
     def send_listing(self, listing: Listing) -> Reply:
         """Of a directory that is gone, an empty one would have mirrors delete all: 550."""
+        heap_shared()
         delivery = Delivery(self, self.rate_down)
         try:
             self.tree.check_root()

@@ -1915,24 +1915,39 @@ for one, other in zip(old, new):
 same = old == new
 del old[::2], new[1::2]
 gc.collect()
+BACK
 print(alone, pages, same, [one[0] for one in old] == [bytes(size) for size in range(1, 2000, 2)])
 """
 
     def test_objects_of_all_sizes_lie_together(self):
         if not pureftpd.layout_known() or not hasattr(pureftpd.libc.library, "malloc_trim"):
             self.skipTest("needs CPython and glibc")
-        alone, pages, *rest = memory_run(self.PROGRAM.replace("PATCH", "")).split()
+        alone, pages, *rest = memory_run(self.PROGRAM.replace("PATCH", "").replace("BACK", "")).split()
         self.assertEqual((alone, rest), ("True", ["True", "True"]))
         self.assertLessEqual(int(pages), 16)            # it is 17 KiB
-        pages = memory_run(self.PROGRAM.replace("PATCH", "pureftpd.heap_only = lambda: False")).split()[1]
+        pages = memory_run(self.PROGRAM.replace("PATCH", "pureftpd.heap_only = lambda: False").replace("BACK", "")).split()[1]
         self.assertGreaterEqual(int(pages), 29)         # one for each size
+
+    def test_and_apart_again(self):
+        """What the heap has is still freed."""
+        back = """
+pureftpd.heap_shared()
+del new[::3]
+blocks = sys.getallocatedblocks()
+apart = [[bytes(size) for size in range(16, 480, 16)] for _ in range(100)]
+print(sys.getallocatedblocks() - blocks >= 2900)
+del apart, new, kept
+gc.collect()
+"""
+        lines = memory_run(self.PROGRAM.replace("PATCH", "kept = 0").replace("BACK", back)).splitlines()
+        self.assertEqual(lines[0], "True")
 
     def test_nothing_changes_where_memory_is_looked_after_otherwise(self):
         for patch, *switches in (("", "-X", "dev"), ("", "-X", "tracemalloc"),
                                  ("pureftpd.os.environ['PYTHONMALLOC'] = 'malloc'",), ("pureftpd.heap_only = lambda: 1 // 0",),
                                  ("pureftpd.layout_known = lambda: False",)):
             with self.subTest(patch, switches=switches):
-                alone, _, *rest = memory_run(self.PROGRAM.replace("PATCH", patch), *switches).split()
+                alone, _, *rest = memory_run(self.PROGRAM.replace("PATCH", patch).replace("BACK", ""), *switches).split()
                 self.assertEqual((alone, rest), ("False", ["True", "True"]))
 
 
