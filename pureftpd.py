@@ -789,7 +789,7 @@ HEAP_FIRST = 1 << 17                # bytes of the heap, at its beginning, that 
 # longer learns: blocks of 256 KiB, which transfers use again and again, stay in the heap
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MMAP_THRESHOLD = -1, -3, 1 << 19
 HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: the word before each piece, and a bit of it
-FRAME_AT = 24                       # CPython's Include/internal/pycore_frame.h: in a frame object, since 3.11, where the frame is
+FRAMES_FIRST = 1 << 11              # CPython's Python/pystate.c: words for frames that a thread begins with
 PYMEM_DOMAIN_RAW, PYMEM_DOMAINS = 0, (1, 2)         # CPython's Include/cpython/pymem.h: PYMEM_DOMAIN_MEM, PYMEM_DOMAIN_OBJ
 MADV_NOHUGEPAGE, MADV_COLLAPSE = 15, 25             # madvise(2); the second one since Linux 6.1
 MREMAP_TO = 1 | 2                                   # mremap(2): MREMAP_MAYMOVE, MREMAP_FIXED
@@ -1168,16 +1168,22 @@ def heap_shared() -> None:
 
 
 def pages_join(places: "list[tuple[int, int]]") -> None:
-    """Have the kernel map these places by huge pages, where there is enough in a row, but for Python's stack of frames. Of one
-    that a child writes to, 4 KiB are copied, as ever.
+    """Have the kernel map these places by huge pages, where there is enough in a row. Of one that a child writes to, 4 KiB are
+    copied, as ever.
     """
-    if libc.library is None:
-        return
-    frames, size = libc.ctypes.c_void_p.from_address(id(sys._getframe()) + FRAME_AT).value or 0, huge_page()
+    size = huge_page() if libc.library is not None else 0
     for start, end in places if size else ():
         for address in range(-(-start // size) * size, end - size + 1, size):
-            if not address <= frames < address + size:
-                libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
+            libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
+
+
+def frames_apart(function: "Callable[[], None]") -> None:
+    """Call it, with its frames in memory of their own: what Python has had for frames so far lies between the objects, and its
+    first piece ends where one needs more. Since 3.11; before, they are objects.
+    """
+    def call() -> None:
+        function()
+    FunctionType(call.__code__.replace(co_stacksize=FRAMES_FIRST), globals(), closure=call.__closure__)()
 
 
 def huge_page() -> int:
@@ -23457,7 +23463,7 @@ def serve_forever(argv: "list[str]", options: Options) -> int:
         monitor.begin()
         if inetd is None:
             memory_settle(monitor, places)
-        monitor.run()
+        frames_apart(monitor.run)
         return monitor.status
     finally:
         if not inetd:

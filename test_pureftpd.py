@@ -1969,6 +1969,27 @@ print(same, os.waitpid(pid, 0)[1])
     def test_memory_is_what_it_was(self):
         self.assertEqual(memory_run(self.PROGRAM), "True 0\n")
 
+    def test_frames_lie_elsewhere(self):
+        """Than where Python has them at first, which is 16 KiB."""
+        if sys.version_info < (3, 11) or not pureftpd.layout_known():
+            self.skipTest("frames are objects, or their layout is not known")
+        self.assertEqual(memory_run("""
+import ctypes, sys, pureftpd
+def frame():
+    return ctypes.c_void_p.from_address(id(sys._getframe()) + 24).value         # PyFrameObject.f_frame
+def run(depth=30):
+    found.append(frame())
+    if depth:
+        run(depth - 1)
+    else:
+        raise KeyError("from there")
+first, found = frame(), []
+try:
+    pureftpd.frames_apart(run)
+except KeyError as error:
+    print(error, min(abs(place - first) for place in found) >= 1 << 14, max(found) - min(found) < 1 << 14)
+"""), "'from there' True True\n")
+
     def test_without_proc_nothing_happens(self):
         with mock.patch("builtins.open", side_effect=FileNotFoundError):
             self.assertEqual(pureftpd.private_memory(), [])
