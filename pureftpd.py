@@ -23551,7 +23551,7 @@ def memory_settle(monitor: Monitor, places: "list[tuple[int, int]]") -> None:
     holes_fill(places)
     if immortal_head():                                 # else children write to most pages anyway
         pages_join(places)
-    heap_alone()
+        heap_alone()
 
 
 def privsep_privpart_closejunk() -> None:
