@@ -792,6 +792,7 @@ HEAD, IS_MMAPPED = struct.calcsize("N"), 2          # glibc's malloc/malloc.c: t
 FRAMES_FIRST = 1 << 11              # CPython's Python/pystate.c: words for frames that a thread begins with
 PYMEM_DOMAIN_RAW, PYMEM_DOMAINS = 0, (1, 2)         # CPython's Include/cpython/pymem.h: PYMEM_DOMAIN_MEM, PYMEM_DOMAIN_OBJ
 MADV_NOHUGEPAGE, MADV_COLLAPSE = 15, 25             # madvise(2); the second one since Linux 6.1
+HUGE_PAGE_TRIES = 3
 MREMAP_TO = 1 | 2                                   # mremap(2): MREMAP_MAYMOVE, MREMAP_FIXED
 
 
@@ -1174,7 +1175,13 @@ def pages_join(places: "list[tuple[int, int]]") -> None:
     size = huge_page() if libc.library is not None else 0
     for start, end in places if size else ():
         for address in range(-(-start // size) * size, end - size + 1, size):
-            libc.library.madvise(libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size), MADV_COLLAPSE)
+            huge_page_make(address, size)
+
+
+def huge_page_make(address: int, size: int) -> bool:
+    """Have the kernel map that by a huge page. Whether it did; it may be unable to for the moment, so it is asked again."""
+    place, length = libc.ctypes.c_void_p(address), libc.ctypes.c_size_t(size)
+    return any(libc.library.madvise(place, length, MADV_COLLAPSE) == 0 for _ in range(HUGE_PAGE_TRIES))
 
 
 def frames_apart(function: "Callable[[], None]") -> None:
@@ -1240,7 +1247,7 @@ def text_move(address: int, size: int) -> bool:
     copy = -(-place // size) * size
     libc.ctypes.memmove(copy, address, size)
     library.mremap.restype = pointer
-    done: bool = (library.madvise(pointer(copy), word(size), MADV_COLLAPSE) == 0
+    done: bool = (huge_page_make(copy, size)
                   and library.mprotect(pointer(copy), word(size), MMAP_READ | MMAP_EXEC) == 0
                   and library.mremap(pointer(copy), word(size), word(size), MREMAP_TO, pointer(address)) == address)
     for start, end in (place, copy), (copy if not done else copy + size, place + 2 * size):
