@@ -200,7 +200,8 @@ def lean_command(code: "Any", argv: "list[str]", path: "list[str]", start: str =
 
 
 # Most of what our objects take, 7 MiB, in a row, where pages_join() finds three huge pages: that is so when it ends at most one
-# MiB behind where such a page begins. The kernel lays it elsewhere at each start, so a start is tried again, which takes 9 ms.
+# MiB behind where such a page begins. The kernel lays it elsewhere at each start, so that is tried again, up to eight times, in
+# 8 ms each: every try adds a word to the command line.
 # 5 MiB of it are taken now; one object in each MiB keeps the rest for others.
 LEAN_ROOM = """
 import posix, sys
@@ -1120,7 +1121,7 @@ def pool_taken(size: int, bounds: "list[int]") -> bool:
     return bool(inside)
 
 
-replaced: "list[tuple[int, Any]]" = []              # what Python asked for objects before heap_alone(): by domain
+allocators_before: "list[tuple[int, Any]]" = []     # what Python asked for objects before heap_alone(): by domain
 
 
 def heap_alone() -> bool:
@@ -1156,7 +1157,7 @@ def heap_only() -> bool:
         api.PyMem_GetAllocator(domain, own)
         if raw[0] or own[0]:
             return False
-        replaced.append((domain, type(own).from_buffer_copy(own)))
+        allocators_before.append((domain, type(own).from_buffer_copy(own)))
         own[1], own[2] = raw[1], raw[2]
         api.PyMem_SetAllocator(domain, own)
     return True
@@ -1164,8 +1165,8 @@ def heap_only() -> bool:
 
 def heap_shared() -> None:
     """Python's own allocator again, after heap_alone(): it is faster where many objects come and go."""
-    while replaced:
-        libc.ctypes.pythonapi.PyMem_SetAllocator(*replaced.pop())
+    while allocators_before:
+        libc.ctypes.pythonapi.PyMem_SetAllocator(*allocators_before.pop())
 
 
 def pages_join(places: "list[tuple[int, int]]") -> None:
